@@ -1,0 +1,343 @@
+//! Addresses and endpoints of connections, and the keys built from them.
+
+use core::{
+    fmt,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+};
+
+use bytemuck::{Pod, Zeroable};
+
+/// `IPPROTO_TCP`, the only protocol that the chains look at.
+pub const TCP: u32 = 6;
+
+/// An IPv4 or IPv6 address: 16 octets in network byte order, IPv4 as
+/// `::ffff:a.b.c.d` (RFC 4291, section 2.5.5.2).
+///
+/// One form for both families lets an `AF_INET6` socket that talks IPv4 be
+/// what it is on the wire: an IPv4 connection.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C, align(4))]
+pub struct Address {
+    /// The octets, first one first.
+    pub octets: [u8; 16],
+}
+
+impl Address {
+    /// `::`, which is no address.
+    pub const UNSPECIFIED: Self = Self { octets: [0; 16] };
+
+    /// The IPv4 address with these octets, first one first.
+    #[inline(always)]
+    pub const fn v4(o: [u8; 4]) -> Self {
+        Self {
+            octets: [
+                0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, o[0], o[1], o[2], o[3],
+            ],
+        }
+    }
+
+    /// The address with these octets, first one first.
+    #[inline(always)]
+    pub const fn v6(octets: [u8; 16]) -> Self {
+        Self { octets }
+    }
+
+    /// The IPv4 address in `word`, whose bytes in memory are in network order,
+    /// as the kernel's `__be32` fields are.
+    #[inline(always)]
+    pub const fn from_be32(word: u32) -> Self {
+        Self::v4(word.to_ne_bytes())
+    }
+
+    /// The address in four words, whose bytes in memory are in network order,
+    /// as the kernel's `struct in6_addr` is.
+    #[inline(always)]
+    pub fn from_be32s(words: [u32; 4]) -> Self {
+        bytemuck::cast(words)
+    }
+
+    /// The last four octets as one word with its bytes in network order: the
+    /// kernel's `__be32` for an IPv4 address.
+    #[inline(always)]
+    pub fn to_be32(self) -> u32 {
+        self.to_be32s()[3]
+    }
+
+    /// Four words with their bytes in memory in network order.
+    #[inline(always)]
+    pub fn to_be32s(self) -> [u32; 4] {
+        bytemuck::cast(self)
+    }
+
+    /// Whether this is an IPv4 address (of the form `::ffff:a.b.c.d`).
+    #[inline(always)]
+    pub fn is_v4(&self) -> bool {
+        let words = self.to_be32s();
+        words[0] == 0 && words[1] == 0 && words[2] == u32::from_be(0xffff)
+    }
+
+    /// Whether this is `0.0.0.0` or `::`.
+    #[inline(always)]
+    pub fn is_unspecified(&self) -> bool {
+        let words = self.to_be32s();
+        words[3] == 0 && words[0] == 0 && words[1] == 0 && (words[2] == 0 || self.is_v4())
+    }
+
+    /// Whether this is in `127.0.0.0/8`, or `::1`.
+    #[inline(always)]
+    pub fn is_loopback(&self) -> bool {
+        if self.is_v4() {
+            self.octets[12] == 127
+        } else {
+            *self == Self::from(Ipv6Addr::LOCALHOST)
+        }
+    }
+
+    /// Whether no TCP connection can be made to this address: IPv4 multicast
+    /// and limited broadcast, IPv6 multicast. The kernel's own error stands.
+    #[inline(always)]
+    pub fn is_multicast_or_broadcast(&self) -> bool {
+        if self.is_v4() {
+            self.octets[12] & 0xf0 == 0xe0 || self.to_be32() == u32::MAX
+        } else {
+            self.octets[0] == 0xff
+        }
+    }
+}
+
+// Word by word: a comparison of octets would become a call to `memcmp`, which
+// kernel programs don't have.
+impl PartialEq for Address {
+    #[inline(always)]
+    fn eq(&self, other: &Self) -> bool {
+        let (a, b) = (self.to_be32s(), other.to_be32s());
+        a[3] == b[3] && a[2] == b[2] && a[1] == b[1] && a[0] == b[0]
+    }
+}
+
+impl Eq for Address {}
+
+impl From<Ipv4Addr> for Address {
+    #[inline(always)]
+    fn from(address: Ipv4Addr) -> Self {
+        Self::v4(address.octets())
+    }
+}
+
+impl From<Ipv6Addr> for Address {
+    #[inline(always)]
+    fn from(address: Ipv6Addr) -> Self {
+        Self::v6(address.octets())
+    }
+}
+
+impl From<IpAddr> for Address {
+    fn from(address: IpAddr) -> Self {
+        match address {
+            IpAddr::V4(v4) => v4.into(),
+            IpAddr::V6(v6) => v6.into(),
+        }
+    }
+}
+
+impl From<Address> for IpAddr {
+    fn from(address: Address) -> Self {
+        Ipv6Addr::from(address.octets).to_canonical()
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        IpAddr::from(*self).fmt(f)
+    }
+}
+
+impl fmt::Debug for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        IpAddr::from(*self).fmt(f)
+    }
+}
+
+/// An address and a TCP port.
+#[derive(Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Endpoint {
+    /// The address.
+    pub address: Address,
+    /// The port, in host byte order.
+    pub port: u16,
+    /// Always zero, so that the type has no padding.
+    pub reserved: u16,
+}
+
+impl Endpoint {
+    /// `port` is in host byte order.
+    #[inline(always)]
+    pub const fn new(address: Address, port: u16) -> Self {
+        Self {
+            address,
+            port,
+            reserved: 0,
+        }
+    }
+}
+
+impl From<SocketAddr> for Endpoint {
+    fn from(address: SocketAddr) -> Self {
+        Self::new(address.ip().into(), address.port())
+    }
+}
+
+impl From<Endpoint> for SocketAddr {
+    fn from(endpoint: Endpoint) -> Self {
+        Self::new(endpoint.address.into(), endpoint.port)
+    }
+}
+
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        SocketAddr::from(*self).fmt(f)
+    }
+}
+
+impl fmt::Debug for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        SocketAddr::from(*self).fmt(f)
+    }
+}
+
+/// A redirected connection on its way from the client's socket to the proxy's:
+/// the key of the map of handshakes in flight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Handshake {
+    /// The client's end.
+    pub client: Endpoint,
+    /// The proxy's end, after the rewrite.
+    pub proxy: Endpoint,
+}
+
+/// Which end of a redirected connection a socket is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Role {
+    /// The socket that called connect().
+    Client = 1,
+    /// The socket that the proxy accepted.
+    Accepted = 2,
+}
+
+/// What a redirected connection's sockets remember as long as they live.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub struct Origin {
+    /// Where the client meant to go.
+    pub original_destination: Endpoint,
+    /// A [`Role`], as its number.
+    pub role: u32,
+    /// 1 if the source address was chosen for the client (it had bound none),
+    /// so that its next connect() counts as unbound.
+    pub source_chosen: u32,
+}
+
+/// The number of proxy addresses that outbound connections are spread over.
+///
+/// Each has an ephemeral port range of its own. Not more: every address that
+/// closes gracefully may take an entry in the kernel's `tcp_metrics` table,
+/// which all network namespaces of a host share.
+pub const PROXY_ADDRESSES: u32 = 256;
+
+/// The proxy's IPv4 address for a redirected connection: one of
+/// `127.15.1.0` to `127.15.1.255`, by the low bits of `spread`.
+#[inline(always)]
+pub const fn proxy_address_v4(spread: u32) -> Address {
+    let [last, ..] = spread.to_le_bytes();
+    Address::v4([127, 15, 1, last])
+}
+
+/// Whether `address` is one of [`proxy_address_v4`]'s.
+#[inline(always)]
+pub fn is_proxy_address_v4(address: &Address) -> bool {
+    address.is_v4() && [address.octets[12], address.octets[13], address.octets[14]] == [127, 15, 1]
+}
+
+#[cfg(test)]
+mod tests {
+    use core::net::{IpAddr, SocketAddr};
+
+    use super::*;
+
+    fn address(text: &str) -> Address {
+        text.parse::<IpAddr>().unwrap().into()
+    }
+
+    #[test]
+    fn one_form_for_a_v4_address() {
+        assert_eq!(address("10.77.0.2"), address("::ffff:10.77.0.2"));
+        assert_eq!(
+            Address::from_be32(u32::from_ne_bytes([10, 77, 0, 2])),
+            address("10.77.0.2")
+        );
+        assert_eq!(IpAddr::from(address("::ffff:10.77.0.2")).is_ipv4(), true);
+        assert!(address("10.77.0.2").is_v4());
+        assert!(!address("::10.77.0.2").is_v4());
+        assert!(!address("fd00::ffff:1.2.3.4").is_v4());
+        assert_ne!(address("::1"), address("::2"));
+    }
+
+    #[test]
+    fn words_keep_network_order() {
+        let six = address("fd00:1:2:3:4:5:6:7");
+        assert_eq!(Address::from_be32s(six.to_be32s()), six);
+        assert_eq!(address("1.2.3.4").to_be32().to_ne_bytes(), [1, 2, 3, 4]);
+    }
+
+    #[test]
+    fn classes_have_exact_edges() {
+        for (text, loopback, unspecified, multicast) in [
+            ("127.0.0.0", true, false, false),
+            ("127.255.255.255", true, false, false),
+            ("126.255.255.255", false, false, false),
+            ("128.0.0.0", false, false, false),
+            ("0.0.0.0", false, true, false),
+            ("0.0.0.1", false, false, false),
+            ("223.255.255.255", false, false, false),
+            ("224.0.0.0", false, false, true),
+            ("239.255.255.255", false, false, true),
+            ("240.0.0.0", false, false, false),
+            ("255.255.255.255", false, false, true),
+            ("::", false, true, false),
+            ("::1", true, false, false),
+            ("::2", false, false, false),
+            ("feff::1", false, false, false),
+            ("ff00::", false, false, true),
+        ] {
+            let a = address(text);
+            assert_eq!(a.is_loopback(), loopback, "{text}");
+            assert_eq!(a.is_unspecified(), unspecified, "{text}");
+            assert_eq!(a.is_multicast_or_broadcast(), multicast, "{text}");
+        }
+    }
+
+    #[test]
+    fn endpoints_read_as_socket_addresses() {
+        for text in ["10.0.0.1:80", "[fd00::1]:443"] {
+            let socket_address: SocketAddr = text.parse().unwrap();
+            let endpoint = Endpoint::from(socket_address);
+            assert_eq!(SocketAddr::from(endpoint), socket_address);
+        }
+    }
+
+    #[test]
+    fn the_spread_stays_in_its_range() {
+        let mut seen = [false; PROXY_ADDRESSES as usize];
+        for spread in 0..1024 {
+            let address = proxy_address_v4(spread);
+            assert!(is_proxy_address_v4(&address));
+            seen[usize::from(address.octets[15])] = true;
+        }
+        assert!(seen.iter().all(|s| *s));
+        assert!(!is_proxy_address_v4(&address("127.15.0.255")));
+        assert!(!is_proxy_address_v4(&address("127.15.2.0")));
+    }
+}

@@ -1,0 +1,59 @@
+//! Which listeners a redirected connection may be given to.
+
+use crate::conn::Address;
+
+/// Places for listeners on each of the proxy's two ports. A proxy has one per
+/// worker thread and address family when it uses `SO_REUSEPORT`.
+pub const SLOTS: u32 = 128;
+
+/// The two ports of the proxy, as halves of the `LISTENERS` map.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProxyPort {
+    /// 15001, for connections that the pod makes.
+    Outbound,
+    /// 15006, for connections that arrive.
+    Inbound,
+}
+
+impl ProxyPort {
+    /// The port's first place in the `LISTENERS` map.
+    #[inline(always)]
+    pub const fn first_slot(self) -> u32 {
+        match self {
+            Self::Outbound => 0,
+            Self::Inbound => SLOTS,
+        }
+    }
+}
+
+/// Whether a listener bound to `bound` gets the connection, as after REDIRECT:
+/// a connection from inside the pod is sent to localhost, one that arrives to
+/// the address of the interface that it came in by. The kernel itself refuses
+/// a listener of the wrong address family.
+#[inline(always)]
+pub fn accepts(bound: &Address, from_inside: bool) -> bool {
+    bound.is_unspecified() || bound.is_loopback() == from_inside
+}
+
+#[cfg(test)]
+mod tests {
+    use core::net::IpAddr;
+
+    use super::*;
+
+    #[test]
+    fn a_listener_gets_what_redirect_would_send_it() {
+        for (bound, inside, outside) in [
+            ("0.0.0.0", true, true),
+            ("::", true, true),
+            ("127.0.0.1", true, false),
+            ("::1", true, false),
+            ("10.77.0.2", false, true),
+            ("fd00::2", false, true),
+        ] {
+            let address = bound.parse::<IpAddr>().unwrap().into();
+            assert_eq!(accepts(&address, true), inside, "{bound} from inside");
+            assert_eq!(accepts(&address, false), outside, "{bound} from outside");
+        }
+    }
+}

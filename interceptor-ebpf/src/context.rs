@@ -1,0 +1,190 @@
+//! Reading the contexts that the kernel hands to programs: one field at a time,
+//! each with its byte order made plain.
+
+use core::ptr::{addr_of, addr_of_mut, read_volatile};
+
+use aya_ebpf::bindings::{bpf_sk_lookup, bpf_sock, bpf_sock_addr, bpf_sock_ops};
+use interceptor_common::conn::{Address, Endpoint};
+
+pub(crate) const AF_INET: u32 = 2;
+pub(crate) const AF_INET6: u32 = 10;
+
+/// Reads one context field. Volatile, because the compiler would join
+/// neighbouring reads to wider ones, which the verifier refuses.
+macro_rules! read {
+    ($context:expr, $($field:tt)+) => {
+        // SAFETY: the kernel hands a valid context to the program, and the
+        // verifier checks each access.
+        unsafe { read_volatile(addr_of!((*$context).$($field)+)) }
+    };
+}
+pub(crate) use read;
+
+macro_rules! read_address {
+    ($context:expr, $field:ident) => {
+        Address::from_be32s([
+            read!($context, $field[0]),
+            read!($context, $field[1]),
+            read!($context, $field[2]),
+            read!($context, $field[3]),
+        ])
+    };
+}
+
+/// The destination that an `AF_INET` connect() asks for.
+#[inline(always)]
+pub(crate) fn asked_v4(context: *const bpf_sock_addr) -> Endpoint {
+    Endpoint::new(
+        Address::from_be32(read!(context, user_ip4)),
+        user_port(context),
+    )
+}
+
+/// The destination that an `AF_INET6` connect() asks for.
+#[inline(always)]
+pub(crate) fn asked_v6(context: *const bpf_sock_addr) -> Endpoint {
+    Endpoint::new(read_address!(context, user_ip6), user_port(context))
+}
+
+#[inline(always)]
+fn user_port(context: *const bpf_sock_addr) -> u16 {
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "a __be16 in the low half of a word"
+    )]
+    u16::from_be(read!(context, user_port) as u16)
+}
+
+/// Makes connect() or getpeername() mean `endpoint`; `AF_INET`.
+#[inline(always)]
+pub(crate) fn set_v4(context: *mut bpf_sock_addr, endpoint: &Endpoint) {
+    // SAFETY: a valid context; the verifier checks that the fields are writable.
+    unsafe {
+        addr_of_mut!((*context).user_ip4).write_volatile(endpoint.address.to_be32());
+        addr_of_mut!((*context).user_port).write_volatile(u32::from(endpoint.port.to_be()));
+    }
+}
+
+/// Makes connect() or getpeername() mean `endpoint`; `AF_INET6`.
+#[inline(always)]
+pub(crate) fn set_v6(context: *mut bpf_sock_addr, endpoint: &Endpoint) {
+    let words = endpoint.address.to_be32s();
+    // SAFETY: as in `set_v4`.
+    unsafe {
+        addr_of_mut!((*context).user_ip6[0]).write_volatile(words[0]);
+        addr_of_mut!((*context).user_ip6[1]).write_volatile(words[1]);
+        addr_of_mut!((*context).user_ip6[2]).write_volatile(words[2]);
+        addr_of_mut!((*context).user_ip6[3]).write_volatile(words[3]);
+        addr_of_mut!((*context).user_port).write_volatile(u32::from(endpoint.port.to_be()));
+    }
+}
+
+/// The local address and port of a socket: what it is bound to.
+#[inline(always)]
+pub(crate) fn bound(sk: *const bpf_sock) -> Endpoint {
+    #[expect(clippy::cast_possible_truncation, reason = "a port in a word")]
+    let port = read!(sk, src_port) as u16;
+    Endpoint::new(bound_address(sk), port)
+}
+
+/// The local address of a socket.
+#[inline(always)]
+pub(crate) fn bound_address(sk: *const bpf_sock) -> Address {
+    if read!(sk, family) == AF_INET6 {
+        read_address!(sk, src_ip6)
+    } else {
+        Address::from_be32(read!(sk, src_ip4))
+    }
+}
+
+/// The local and the remote end of the connection of a sock_ops call.
+#[inline(always)]
+pub(crate) fn ends(context: *const bpf_sock_ops) -> (Endpoint, Endpoint) {
+    #[expect(clippy::cast_possible_truncation, reason = "a port in a word")]
+    let local_port = read!(context, local_port) as u16;
+    // A __be32 whose upper half in network order is the port.
+    #[expect(clippy::cast_possible_truncation, reason = "a port in a word")]
+    let remote_port = u32::from_be(read!(context, remote_port)) as u16;
+    let (local, remote) = if read!(context, family) == AF_INET {
+        (
+            Address::from_be32(read!(context, local_ip4)),
+            Address::from_be32(read!(context, remote_ip4)),
+        )
+    } else {
+        (
+            read_address!(context, local_ip6),
+            read_address!(context, remote_ip6),
+        )
+    };
+    (
+        Endpoint::new(local, local_port),
+        Endpoint::new(remote, remote_port),
+    )
+}
+
+/// The local and the remote end of the connection that sk_lookup is asked for.
+#[inline(always)]
+pub(crate) fn looked_up(context: *const bpf_sk_lookup) -> (Endpoint, Endpoint) {
+    #[expect(clippy::cast_possible_truncation, reason = "a port in a word")]
+    let local_port = read!(context, local_port) as u16;
+    let remote_port = u16::from_be(read!(context, remote_port));
+    let (local, remote) = if read!(context, family) == AF_INET {
+        (
+            Address::from_be32(read!(context, local_ip4)),
+            Address::from_be32(read!(context, remote_ip4)),
+        )
+    } else {
+        (
+            read_address!(context, local_ip6),
+            read_address!(context, remote_ip6),
+        )
+    };
+    (
+        Endpoint::new(local, local_port),
+        Endpoint::new(remote, remote_port),
+    )
+}
+
+/// `struct sockaddr_in`, in network byte order but for the family.
+#[repr(C)]
+pub(crate) struct SockAddrIn {
+    family: u16,
+    port: u16,
+    address: u32,
+    zero: [u32; 2],
+}
+
+impl From<Endpoint> for SockAddrIn {
+    #[inline(always)]
+    fn from(endpoint: Endpoint) -> Self {
+        Self {
+            family: AF_INET as u16,
+            port: endpoint.port.to_be(),
+            address: endpoint.address.to_be32(),
+            zero: [0; 2],
+        }
+    }
+}
+
+/// `struct sockaddr_in6`, in network byte order but for the family.
+#[repr(C)]
+pub(crate) struct SockAddrIn6 {
+    family: u16,
+    port: u16,
+    flow_info: u32,
+    address: [u32; 4],
+    scope_id: u32,
+}
+
+impl From<Endpoint> for SockAddrIn6 {
+    #[inline(always)]
+    fn from(endpoint: Endpoint) -> Self {
+        Self {
+            family: AF_INET6 as u16,
+            port: endpoint.port.to_be(),
+            flow_info: 0,
+            address: endpoint.address.to_be32s(),
+            scope_id: 0,
+        }
+    }
+}

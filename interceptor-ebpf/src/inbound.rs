@@ -1,0 +1,144 @@
+//! The way in: which listener gets a new connection.
+
+use core::ptr::{from_ref, null_mut};
+
+use aya_ebpf::{
+    bindings::{
+        BPF_SK_LOOKUP_F_REPLACE, bpf_sock,
+        sk_action::{SK_DROP, SK_PASS},
+    },
+    helpers::generated::{bpf_map_lookup_elem, bpf_sk_assign, bpf_sk_release},
+    macros::sk_lookup,
+    programs::SkLookupContext,
+};
+use aya_log_ebpf::{debug, warn};
+use interceptor_common::{
+    chains::{Chain, InboundFacts, Verdict, inbound},
+    config::Settings,
+    conn::{Endpoint, Handshake, TCP, is_proxy_address_v4},
+    counters::Event,
+    listeners::{ProxyPort, SLOTS, accepts},
+};
+
+use crate::{
+    context::{bound_address, looked_up, read},
+    listeners::proxy_port,
+    maps::{self, LISTENERS, handshakes},
+};
+
+#[sk_lookup]
+pub(crate) fn sk_lookup(ctx: SkLookupContext) -> u32 {
+    if read!(ctx.lookup, protocol) != TCP {
+        return SK_PASS;
+    }
+    let Some(settings) = maps::settings() else {
+        return SK_DROP;
+    };
+    let (local, remote) = looked_up(ctx.lookup);
+    if matches!(maps::route(&remote.address), Some(route) if route.local != 0) {
+        from_inside(&ctx, settings, local, remote)
+    } else {
+        from_outside(&ctx, settings, local)
+    }
+}
+
+/// A connection that arrives: `ISTIO_INBOUND`.
+#[inline(always)]
+fn from_outside(ctx: &SkLookupContext, settings: &Settings, local: Endpoint) -> u32 {
+    let decision = inbound(
+        settings,
+        &InboundFacts {
+            protocol: TCP,
+            destination_port: local.port,
+            from_inside: false,
+        },
+    );
+    maps::count_decision(Chain::Inbound, &decision);
+    debug!(
+        ctx,
+        "connection to port {}: ISTIO_INBOUND rule {}", local.port, decision.rule
+    );
+    if decision.verdict == Verdict::Direct || assign(ctx, ProxyPort::Inbound, false) {
+        return SK_PASS;
+    }
+    // Never past the proxy, whatever another program has chosen.
+    // SAFETY: the program's own context; null takes a choice back.
+    unsafe {
+        bpf_sk_assign(
+            ctx.lookup.cast(),
+            null_mut(),
+            u64::from(BPF_SK_LOOKUP_F_REPLACE),
+        );
+    }
+    maps::count(Event::NoInboundListener);
+    warn!(ctx, "refused, no proxy listens: port {}", local.port);
+    SK_DROP
+}
+
+/// A connection of the pod with itself: `ISTIO_OUTPUT` has decided, and here
+/// it finds the proxy whichever local address that listens on.
+#[inline(always)]
+fn from_inside(
+    ctx: &SkLookupContext,
+    settings: &Settings,
+    local: Endpoint,
+    remote: Endpoint,
+) -> u32 {
+    let Some(port) = proxy_port(settings, local.port) else {
+        return SK_PASS;
+    };
+    let handshake = Handshake {
+        client: remote,
+        proxy: local,
+    };
+    if handshakes::get(&handshake).is_some() {
+        // With no listener known, the kernel's own look-up refuses it.
+        assign(ctx, port, true);
+        SK_PASS
+    } else if is_proxy_address_v4(&local.address) {
+        // Its original destination is lost.
+        SK_DROP
+    } else {
+        SK_PASS
+    }
+}
+
+/// Gives the connection to a listener of the proxy; false if there is none.
+///
+/// Replaces another program's choice: REDIRECT also comes before any look-up
+/// of a socket.
+#[inline(always)]
+fn assign(ctx: &SkLookupContext, port: ProxyPort, from_inside: bool) -> bool {
+    for slot in 0..SLOTS {
+        let index = port.first_slot() + slot;
+        // SAFETY: the key is a u32, as the map's are; what is found is a
+        // socket, held until it is released below.
+        let sk: *mut bpf_sock = unsafe {
+            bpf_map_lookup_elem(
+                from_ref(&LISTENERS).cast_mut().cast(),
+                from_ref(&index).cast_mut().cast(),
+            )
+        }
+        .cast();
+        if sk.is_null() {
+            continue;
+        }
+        let assigned = accepts(&bound_address(sk), from_inside)
+            // SAFETY: the program's own context and a socket that it holds.
+            && unsafe {
+                bpf_sk_assign(
+                    ctx.lookup.cast(),
+                    sk.cast(),
+                    u64::from(BPF_SK_LOOKUP_F_REPLACE),
+                )
+            } == 0;
+        // SAFETY: `sk` is held, and is not used after this.
+        unsafe {
+            bpf_sk_release(sk.cast());
+        }
+        if assigned {
+            return true;
+        }
+    }
+    false
+}

@@ -1,0 +1,125 @@
+//! The proxy's listeners: registered when they start to listen, or found by
+//! an iterator when they are older than the attachment.
+
+use core::ptr::{from_mut, from_ref};
+
+use aya_ebpf::{
+    bindings::BPF_NOEXIST,
+    helpers::generated::{bpf_get_netns_cookie, bpf_map_update_elem},
+    programs::SockOpsContext,
+};
+use aya_log_ebpf::{info, warn};
+use interceptor_common::{
+    config::Settings,
+    counters::Event,
+    listeners::{ProxyPort, SLOTS},
+};
+
+use crate::{
+    context::read,
+    kernel,
+    maps::{self, LISTENERS},
+};
+
+const EEXIST: i64 = 17;
+const TCP_LISTEN: u8 = 10;
+
+/// Which of the proxy's ports `port` (host byte order) is.
+#[inline(always)]
+pub(crate) fn proxy_port(settings: &Settings, port: u16) -> Option<ProxyPort> {
+    if port == settings.outbound_port {
+        Some(ProxyPort::Outbound)
+    } else if port == settings.inbound_port {
+        Some(ProxyPort::Inbound)
+    } else {
+        None
+    }
+}
+
+/// A socket of the pod's cgroup started to listen.
+#[inline(always)]
+pub(crate) fn listening(ctx: &SockOpsContext) {
+    let Some(settings) = maps::settings() else {
+        return;
+    };
+    #[expect(clippy::cast_possible_truncation, reason = "a port in a word")]
+    let port = read!(ctx.ops, local_port) as u16;
+    let Some(proxy_port) = proxy_port(settings, port) else {
+        return;
+    };
+    // SAFETY: the program's own context.
+    if unsafe { bpf_get_netns_cookie(ctx.ops.cast()) } != kernel::NETNS_COOKIE.load() {
+        return;
+    }
+    let registered = register(proxy_port, |slot| {
+        // SAFETY: the program's own context.
+        match unsafe { LISTENERS.update(slot, ctx.ops, u64::from(BPF_NOEXIST)) } {
+            Ok(()) => 0,
+            Err(error) => i64::from(error),
+        }
+    });
+    if registered {
+        info!(ctx, "the proxy listens on port {}", port);
+    } else {
+        warn!(ctx, "a listener on port {} can't be registered", port);
+    }
+}
+
+/// `struct bpf_iter__tcp`: the context of an `iter/tcp` program.
+#[repr(C)]
+pub(crate) struct TcpIterator {
+    meta: *const u8,
+    sock_common: *mut u8,
+}
+
+/// Called for each TCP socket of a network namespace when the loader reads
+/// from the iterator.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "iter/tcp")]
+pub(crate) extern "C" fn register_listeners(context: *const TcpIterator) -> i32 {
+    let sock = read!(context, sock_common);
+    if sock.is_null() {
+        return 0;
+    }
+    let Some(settings) = maps::settings() else {
+        return 0;
+    };
+    // SAFETY: the iterator hands out a `struct sock_common`.
+    let (port, state) = unsafe { kernel::port_and_state(sock) };
+    if state != TCP_LISTEN {
+        return 0;
+    }
+    if let Some(proxy_port) = proxy_port(settings, port) {
+        register(proxy_port, |mut slot| {
+            // SAFETY: for a socket map the helper takes the socket itself as
+            // the value; the iterator holds it meanwhile.
+            unsafe {
+                bpf_map_update_elem(
+                    from_ref(&LISTENERS).cast_mut().cast(),
+                    from_mut(&mut slot).cast(),
+                    sock.cast(),
+                    u64::from(BPF_NOEXIST),
+                )
+            }
+        });
+    }
+    0
+}
+
+/// Puts a listener into the first free slot; `insert` returns 0, or an errno
+/// below zero. False if the listener was not registered.
+#[inline(always)]
+fn register(port: ProxyPort, insert: impl Fn(u32) -> i64) -> bool {
+    for slot in 0..SLOTS {
+        match insert(port.first_slot() + slot) {
+            0 => return true,
+            error if error == -EEXIST => {}
+            _ => {
+                maps::count(Event::ListenerUnsuitable);
+                return false;
+            }
+        }
+    }
+    maps::count(Event::ListenerSlotsFull);
+    false
+}

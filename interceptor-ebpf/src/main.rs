@@ -1,0 +1,26 @@
+//! Interceptor's kernel programs: one module for each way that they meet a
+//! connection.
+//!
+//! They gather facts, ask [`interceptor_common::chains`], and carry out the
+//! verdict. None runs per packet; each leaves as early as it can.
+#![no_std]
+#![no_main]
+
+mod context;
+mod inbound;
+mod kernel;
+mod listeners;
+mod maps;
+mod names;
+mod origin;
+mod outbound;
+
+/// Kernel programs that read kernel structures must be under the GPL.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 4] = *b"GPL\0";
+
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}

@@ -1,0 +1,173 @@
+//! The maps of a pod. User space fills them, reads them and pins them under
+//! these names.
+
+use aya_ebpf::{
+    bindings::{BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE},
+    btf_maps::{Array, HashMap, LpmTrie, PerCpuArray, SkStorage, SockMap, lpm_trie::Key},
+    helpers::generated::{bpf_sk_storage_delete, bpf_sk_storage_get},
+    macros::btf_map,
+};
+use interceptor_common::{
+    chains::{Chain, Decision},
+    config::Settings,
+    conn::{Address, Endpoint, Handshake, Origin},
+    counters::{COUNTERS as COUNTERS_LEN, Event, decision_index},
+    listeners::SLOTS,
+    routes::{MAX_ROUTES, Route},
+};
+
+/// The most handshakes in flight. An entry lives from the client's SYN until
+/// the proxy's socket is established; the memory is taken entry by entry.
+const MAX_HANDSHAKES: usize = 8192;
+
+/// What the chains compare connections with.
+#[btf_map]
+static SETTINGS: Array<Settings, 1> = Array::new();
+
+/// The pod's prefixes: which are local, and which source address leads there.
+#[btf_map]
+static ROUTES: LpmTrie<Address, Route, { MAX_ROUTES as usize }> = LpmTrie::new();
+
+/// Original destinations of redirected connections between the client's SYN
+/// and the proxy's accepted socket.
+#[btf_map]
+static HANDSHAKES: HashMap<Handshake, Endpoint, MAX_HANDSHAKES, { BPF_F_NO_PREALLOC as usize }> =
+    HashMap::new();
+
+/// What the sockets of redirected connections remember; freed with them.
+#[btf_map]
+static ORIGINS: SkStorage<Origin> = SkStorage::new();
+
+/// The proxy's listeners: [`SLOTS`] for the outbound port, then as many for
+/// the inbound port.
+#[btf_map]
+pub(crate) static LISTENERS: SockMap<{ 2 * SLOTS as usize }> = SockMap::new();
+
+/// One counter per rule and per event.
+#[btf_map]
+static COUNTERS: PerCpuArray<u64, { COUNTERS_LEN as usize }> = PerCpuArray::new();
+
+/// The pod's settings; `None` never happens, an array's elements always exist.
+#[inline(always)]
+pub(crate) fn settings() -> Option<&'static Settings> {
+    SETTINGS.get(0)
+}
+
+/// What is known of the way to `address`.
+#[inline(always)]
+pub(crate) fn route(address: &Address) -> Option<&'static Route> {
+    ROUTES.get(&Key::new(128, *address))
+}
+
+/// Counts the rule that decided.
+#[inline(always)]
+pub(crate) fn count_decision(chain: Chain, decision: &Decision) {
+    if let Some(index) = decision_index(chain, decision) {
+        count_at(index);
+    }
+}
+
+/// Counts an event.
+#[inline(always)]
+pub(crate) fn count(event: Event) {
+    count_at(event.index());
+}
+
+#[inline(always)]
+fn count_at(index: u32) {
+    if let Some(counter) = COUNTERS.get_ptr_mut(index) {
+        // SAFETY: the map's lookup returned this CPU's element, and a program
+        // is not moved to another CPU while it runs; an interrupt between load
+        // and store may lose a count, never memory.
+        unsafe { *counter += 1 }
+    }
+}
+
+/// Original destinations in flight.
+pub(crate) mod handshakes {
+    use super::{Endpoint, HANDSHAKES, Handshake};
+
+    /// Keeps `destination` until the proxy's socket takes it.
+    #[inline(always)]
+    pub(crate) fn insert(key: &Handshake, destination: &Endpoint) -> Result<(), i32> {
+        HANDSHAKES.insert(key, destination, 0)
+    }
+
+    /// The original destination of a handshake.
+    #[inline(always)]
+    pub(crate) fn get(key: &Handshake) -> Option<Endpoint> {
+        // SAFETY: the value is copied out at once; entries are written once,
+        // when they are inserted, so that a reader sees no half of one.
+        unsafe { HANDSHAKES.get(key) }.copied()
+    }
+
+    /// Forgets a handshake.
+    #[inline(always)]
+    pub(crate) fn remove(key: &Handshake) {
+        // An entry that isn't there was taken by the proxy's side.
+        let _: Result<(), i32> = HANDSHAKES.remove(key);
+    }
+}
+
+/// What sockets remember, for a `sk` that the kernel handed to the program.
+pub(crate) mod origins {
+    use core::ptr::{from_mut, from_ref, null_mut};
+
+    use aya_ebpf::bindings::bpf_sock;
+
+    use super::{
+        BPF_SK_STORAGE_GET_F_CREATE, ORIGINS, Origin, bpf_sk_storage_delete, bpf_sk_storage_get,
+    };
+
+    /// What `sk` remembers.
+    #[inline(always)]
+    pub(crate) fn get(sk: *mut bpf_sock) -> Option<Origin> {
+        // SAFETY: the verifier admits only a socket that the context gave and
+        // that was checked not to be null; the helper returns null or storage
+        // that lives as long as the socket, which outlives the program.
+        unsafe {
+            bpf_sk_storage_get(
+                from_ref(&ORIGINS).cast_mut().cast(),
+                sk.cast(),
+                null_mut(),
+                0,
+            )
+            .cast::<Origin>()
+            .as_ref()
+            .copied()
+        }
+    }
+
+    /// Makes `sk` remember `origin`; false if there is no memory for it.
+    #[inline(always)]
+    pub(crate) fn set(sk: *mut bpf_sock, mut origin: Origin) -> bool {
+        // SAFETY: as in `get`; the initial value is read before the helper
+        // returns. Storage that existed before is overwritten whole: only the
+        // socket's own connect(), under the socket's lock, comes here.
+        unsafe {
+            let storage = bpf_sk_storage_get(
+                from_ref(&ORIGINS).cast_mut().cast(),
+                sk.cast(),
+                from_mut(&mut origin).cast(),
+                u64::from(BPF_SK_STORAGE_GET_F_CREATE),
+            )
+            .cast::<Origin>();
+            match storage.as_mut() {
+                Some(storage) => {
+                    *storage = origin;
+                    true
+                }
+                None => false,
+            }
+        }
+    }
+
+    /// Makes `sk` forget.
+    #[inline(always)]
+    pub(crate) fn forget(sk: *mut bpf_sock) {
+        // SAFETY: as in `get`. An error means that there was nothing to forget.
+        unsafe {
+            bpf_sk_storage_delete(from_ref(&ORIGINS).cast_mut().cast(), sk.cast());
+        }
+    }
+}

@@ -1,0 +1,94 @@
+//! What the proxy asks: getsockopt(SO_ORIGINAL_DST).
+
+use aya_ebpf::{
+    bindings::{bpf_sock, bpf_sockopt},
+    helpers::generated::bpf_get_netns_cookie,
+    macros::cgroup_sockopt,
+    programs::SockoptContext,
+};
+use interceptor_common::conn::{Endpoint, TCP};
+
+use crate::{
+    context::{SockAddrIn, SockAddrIn6, bound, read},
+    kernel,
+    maps::origins,
+};
+
+const SOL_IP: i32 = 0;
+const SOL_IPV6: i32 = 41;
+/// `SO_ORIGINAL_DST` at `SOL_IP`, `IP6T_SO_ORIGINAL_DST` at `SOL_IPV6`.
+const SO_ORIGINAL_DST: i32 = 80;
+
+const EINVAL: i32 = 22;
+const TCP_LISTEN: u32 = 10;
+
+const CONTINUE: i32 = 1;
+
+#[cgroup_sockopt(getsockopt)]
+pub(crate) fn getsockopt(ctx: SockoptContext) -> i32 {
+    let context = ctx.sockopt;
+    if read!(context, optname) != SO_ORIGINAL_DST {
+        return CONTINUE;
+    }
+    // By the level asked, never by the socket's family: AF_INET6 sockets with
+    // IPv4 peers are asked at SOL_IP.
+    let level = read!(context, level);
+    if level != SOL_IP && level != SOL_IPV6 {
+        return CONTINUE;
+    }
+    // SAFETY: the union's only member that matters.
+    let sk = unsafe { (*context).__bindgen_anon_1.sk };
+    if sk.is_null() || read!(sk, protocol) != TCP {
+        return CONTINUE;
+    }
+    let Some(destination) = original_destination(context, sk) else {
+        return CONTINUE;
+    };
+    if level == SOL_IP && destination.address.is_v4() {
+        answer(context, SockAddrIn::from(destination));
+    } else if level == SOL_IPV6 && !destination.address.is_v4() {
+        answer(context, SockAddrIn6::from(destination));
+    }
+    CONTINUE
+}
+
+/// What conntrack would say of this socket.
+#[inline(always)]
+fn original_destination(context: *const bpf_sockopt, sk: *mut bpf_sock) -> Option<Endpoint> {
+    if let Some(origin) = origins::get(sk) {
+        return Some(origin.original_destination);
+    }
+    // Not redirected: where it arrived, unless conntrack has answered.
+    let connected = read!(sk, dst_port) != 0 && read!(sk, state) != TCP_LISTEN;
+    if read!(context, retval) == 0
+        || !connected
+        // SAFETY: the program's own context.
+        || unsafe { bpf_get_netns_cookie(context.cast_mut().cast()) } != kernel::NETNS_COOKIE.load()
+    {
+        return None;
+    }
+    let mut local = bound(sk);
+    if local.port == 0 {
+        // After a reset the socket has given its number back.
+        local.port = kernel::source_port(sk);
+    }
+    Some(local)
+}
+
+/// Writes the answer and success; `EINVAL` if the caller's buffer is too small.
+#[inline(always)]
+fn answer<T>(context: *mut bpf_sockopt, value: T) {
+    // SAFETY: the verifier checks the bounds of the buffer; it may not be
+    // aligned.
+    unsafe {
+        let buffer = (*context).__bindgen_anon_2.optval.cast::<T>();
+        let end = (*context).__bindgen_anon_3.optval_end.cast::<T>();
+        if buffer.add(1) > end {
+            (*context).retval = -EINVAL;
+            return;
+        }
+        buffer.write(value);
+        (*context).optlen = size_of::<T>() as i32;
+        (*context).retval = 0;
+    }
+}

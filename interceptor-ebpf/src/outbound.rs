@@ -1,0 +1,349 @@
+//! The way out: connect(), and the original destination's way from the
+//! client's socket to the proxy's.
+
+use core::ptr::from_mut;
+
+use aya_ebpf::{
+    bindings::{bpf_sock, bpf_sock_addr},
+    helpers::generated::{
+        bpf_bind, bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_set_retval,
+        bpf_sock_ops_cb_flags_set,
+    },
+    macros::{cgroup_sock_addr, sock_ops},
+    programs::{SockAddrContext, SockOpsContext},
+};
+use aya_log_ebpf::{debug, warn};
+use interceptor_common::{
+    chains::{Chain, OutputFacts, Verdict, output},
+    config::Settings,
+    conn::{
+        Address, Endpoint, Handshake, Origin, Role, TCP, is_proxy_address_v4, proxy_address_v4,
+    },
+    counters::Event,
+};
+
+use crate::{
+    context::{
+        AF_INET, SockAddrIn, SockAddrIn6, asked_v4, asked_v6, bound, ends, read, set_v4, set_v6,
+    },
+    kernel, listeners,
+    maps::{self, handshakes, origins},
+};
+
+const REFUSE: i32 = 0;
+const ALLOW: i32 = 1;
+
+const ECONNREFUSED: i32 = 111;
+
+/// What connect() shall do.
+enum Connect {
+    /// What the application asked for.
+    AsAsked,
+    /// Go to the proxy, there.
+    To(Endpoint),
+    /// Fail with `ECONNREFUSED`.
+    Refused,
+}
+
+#[cgroup_sock_addr(connect4)]
+pub(crate) fn connect4(ctx: SockAddrContext) -> i32 {
+    let context = ctx.sock_addr;
+    if read!(context, protocol) != TCP {
+        return ALLOW;
+    }
+    match connect(&ctx, asked_v4(context)) {
+        Connect::AsAsked => ALLOW,
+        Connect::To(proxy) => {
+            set_v4(context, &proxy);
+            ALLOW
+        }
+        Connect::Refused => refuse(),
+    }
+}
+
+#[cgroup_sock_addr(connect6)]
+pub(crate) fn connect6(ctx: SockAddrContext) -> i32 {
+    let context = ctx.sock_addr;
+    if read!(context, protocol) != TCP {
+        return ALLOW;
+    }
+    match connect(&ctx, asked_v6(context)) {
+        Connect::AsAsked => ALLOW,
+        Connect::To(proxy) => {
+            set_v6(context, &proxy);
+            ALLOW
+        }
+        Connect::Refused => refuse(),
+    }
+}
+
+#[inline(always)]
+fn refuse() -> i32 {
+    // SAFETY: sets what connect() returns instead of EPERM.
+    unsafe {
+        bpf_set_retval(-ECONNREFUSED);
+    }
+    REFUSE
+}
+
+#[inline(always)]
+fn connect(ctx: &SockAddrContext, asked: Endpoint) -> Connect {
+    // SAFETY: `ctx` is the program's own context.
+    if unsafe { bpf_get_netns_cookie(ctx.sock_addr.cast()) } != kernel::NETNS_COOKIE.load() {
+        return Connect::AsAsked;
+    }
+    // SAFETY: the union's only member.
+    let sk = unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk };
+    if sk.is_null() {
+        return Connect::AsAsked;
+    }
+    let Some(settings) = maps::settings() else {
+        return Connect::Refused;
+    };
+
+    // A socket may connect more than once: after a failure, or after AF_UNSPEC.
+    let previous = origins::get(sk);
+    let mut local = bound(sk);
+    let source_was_chosen = matches!(&previous, Some(origin) if origin.source_chosen != 0);
+    if source_was_chosen {
+        local.address = Address::UNSPECIFIED;
+    }
+
+    let destination = Endpoint::new(
+        effective_destination(settings, &asked.address, &local.address),
+        asked.port,
+    );
+    let route = maps::route(&destination.address);
+    let over_loopback = matches!(route, Some(route) if route.local != 0);
+    let route_source = match route {
+        Some(route) => route.source,
+        None => Address::UNSPECIFIED,
+    };
+    let bound_to_any = local.address.is_unspecified();
+    let source = if bound_to_any {
+        route_source
+    } else {
+        local.address
+    };
+
+    let verdict = if destination.address.is_multicast_or_broadcast()
+        || (source.is_v4() && source.is_loopback() && !over_loopback)
+    {
+        // The kernel sends no packet to there, or not from there, so that no
+        // chain is asked: its own error stands.
+        Verdict::Direct
+    } else {
+        let facts = OutputFacts {
+            protocol: TCP,
+            source,
+            destination: destination.address,
+            over_loopback,
+            owner: kernel::owner(sk),
+        };
+        let decision = output(settings, &facts);
+        maps::count_decision(Chain::Output, &decision);
+        debug!(
+            ctx,
+            "connect to port {}: ISTIO_OUTPUT rule {}", destination.port, decision.rule
+        );
+        decision.verdict
+    };
+
+    let port = match verdict {
+        // One that dials a proxy address itself must be known as such where
+        // unknown ones are refused.
+        Verdict::Direct if is_proxy_address_v4(&destination.address) => destination.port,
+        Verdict::Direct => {
+            if source_was_chosen {
+                unbind(ctx.sock_addr, sk, &asked.address);
+            }
+            if previous.is_some() {
+                origins::forget(sk);
+            }
+            return Connect::AsAsked;
+        }
+        Verdict::Outbound => settings.outbound_port,
+        Verdict::Inbound => settings.inbound_port,
+    };
+
+    let mut proxy = Endpoint::new(
+        if is_proxy_address_v4(&destination.address) {
+            destination.address
+        } else if destination.address.is_v4() {
+            // SAFETY: no arguments.
+            proxy_address_v4(unsafe { bpf_get_prandom_u32() })
+        } else {
+            settings.localhost_v6
+        },
+        port,
+    );
+    let mut source_chosen = 0;
+    if bound_to_any {
+        if source.is_unspecified() {
+            maps::count(Event::SourceNotKept);
+        } else if local.port != 0 {
+            // A port bound to any address can't be bound again. Local to
+            // local, the source is the destination.
+            proxy.address = source;
+        } else if bind(ctx.sock_addr, sk, source) {
+            source_chosen = 1;
+        } else {
+            maps::count(Event::SourceNotKept);
+        }
+    }
+
+    let origin = Origin {
+        original_destination: destination,
+        role: Role::Client as u32,
+        source_chosen,
+    };
+    if origins::set(sk, origin) {
+        Connect::To(proxy)
+    } else {
+        maps::count(Event::OriginLost);
+        warn!(ctx, "no memory for an original destination");
+        Connect::Refused
+    }
+}
+
+/// Where the kernel would really go: an unspecified destination is the source
+/// address for IPv4 (`__ip_route_output_key`), and localhost if that is
+/// unspecified too, or for IPv6 (`tcp_v6_connect`).
+#[inline(always)]
+fn effective_destination(settings: &Settings, asked: &Address, bound: &Address) -> Address {
+    if !asked.is_unspecified() {
+        *asked
+    } else if !asked.is_v4() && !bound.is_v4() {
+        settings.localhost_v6
+    } else if bound.is_unspecified() || !asked.is_v4() {
+        settings.localhost_v4
+    } else {
+        *bound
+    }
+}
+
+/// Binds the socket to `source` and to no port; false if the kernel won't.
+#[inline(always)]
+fn bind(context: *mut bpf_sock_addr, sk: *const bpf_sock, source: Address) -> bool {
+    let endpoint = Endpoint::new(source, 0);
+    if read!(sk, family) == AF_INET {
+        bind_to(context, SockAddrIn::from(endpoint))
+    } else {
+        bind_to(context, SockAddrIn6::from(endpoint))
+    }
+}
+
+#[inline(always)]
+fn bind_to<T>(context: *mut bpf_sock_addr, mut address: T) -> bool {
+    // SAFETY: the program's own context, and an address of the length given.
+    unsafe {
+        bpf_bind(
+            context,
+            from_mut(&mut address).cast(),
+            size_of::<T>() as i32,
+        ) == 0
+    }
+}
+
+/// Takes back the source address that an earlier connect() was given.
+#[inline(always)]
+fn unbind(context: *mut bpf_sock_addr, sk: *const bpf_sock, asked: &Address) {
+    let any = if asked.is_v4() {
+        Address::v4([0; 4])
+    } else {
+        Address::UNSPECIFIED
+    };
+    if !bind(context, sk, any) {
+        maps::count(Event::SourceNotKept);
+    }
+}
+
+// What sock_ops is called for (enum in linux/bpf.h).
+const TCP_CONNECT_CB: u32 = 3;
+const PASSIVE_ESTABLISHED_CB: u32 = 5;
+const STATE_CB: u32 = 10;
+const TCP_LISTEN_CB: u32 = 11;
+const STATE_CB_FLAG: i32 = 1 << 2;
+const TCP_CLOSE: u32 = 7;
+
+#[sock_ops]
+pub(crate) fn sock_ops(ctx: SockOpsContext) -> u32 {
+    match read!(ctx.ops, op) {
+        TCP_CONNECT_CB => connecting(&ctx),
+        PASSIVE_ESTABLISHED_CB => accepted(&ctx),
+        STATE_CB => {
+            // SAFETY: the union's plain numbers.
+            if unsafe { (*ctx.ops).__bindgen_anon_1.args[1] } == TCP_CLOSE {
+                closed(&ctx);
+            }
+        }
+        TCP_LISTEN_CB => listeners::listening(&ctx),
+        _ => {}
+    }
+    1
+}
+
+/// The client's SYN is about to leave: both ends are known now.
+#[inline(always)]
+fn connecting(ctx: &SockOpsContext) {
+    let sk = read!(ctx.ops, __bindgen_anon_2.sk);
+    if sk.is_null() {
+        return;
+    }
+    let Some(origin) = origins::get(sk) else {
+        return;
+    };
+    let (client, proxy) = ends(ctx.ops);
+    let key = Handshake { client, proxy };
+    if handshakes::insert(&key, &origin.original_destination).is_err() {
+        maps::count(Event::OriginLost);
+        warn!(ctx, "too many handshakes in flight");
+        return;
+    }
+    // SAFETY: the program's own context.
+    unsafe {
+        bpf_sock_ops_cb_flags_set(ctx.ops, STATE_CB_FLAG);
+    }
+}
+
+/// The proxy's socket is established, and not yet returned by accept().
+#[inline(always)]
+fn accepted(ctx: &SockOpsContext) {
+    let Some(settings) = maps::settings() else {
+        return;
+    };
+    let port = read!(ctx.ops, local_port);
+    if port != u32::from(settings.outbound_port) && port != u32::from(settings.inbound_port) {
+        return;
+    }
+    let sk = read!(ctx.ops, __bindgen_anon_2.sk);
+    // SAFETY: the program's own context.
+    if sk.is_null()
+        || unsafe { bpf_get_netns_cookie(ctx.ops.cast()) } != kernel::NETNS_COOKIE.load()
+    {
+        return;
+    }
+    let (proxy, client) = ends(ctx.ops);
+    let key = Handshake { client, proxy };
+    let Some(original_destination) = handshakes::get(&key) else {
+        return;
+    };
+    let origin = Origin {
+        original_destination,
+        role: Role::Accepted as u32,
+        source_chosen: 0,
+    };
+    if origins::set(sk, origin) {
+        handshakes::remove(&key);
+    } else {
+        maps::count(Event::OriginLost);
+    }
+}
+
+/// The client's socket is closed; if its handshake never came to an end, the
+/// entry is still there.
+#[inline(always)]
+fn closed(ctx: &SockOpsContext) {
+    let (client, proxy) = ends(ctx.ops);
+    handshakes::remove(&Handshake { client, proxy });
+}

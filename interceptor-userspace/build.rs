@@ -1,0 +1,24 @@
+//! Builds the kernel programs and leaves their object where `src/datapath` embeds it.
+
+use anyhow::Context as _;
+use aya_build::{Package, Toolchain, build_ebpf};
+
+/// The toolchain that `cargo xtask setup` links: one that has the source of core.
+const TOOLCHAIN: &str = "interceptor-bpf";
+
+fn main() -> anyhow::Result<()> {
+    // SAFETY: a build script has one thread here.
+    unsafe {
+        // Lets the toolchain build core from source even if it isn't a nightly.
+        std::env::set_var("RUSTC_BOOTSTRAP", "1");
+    }
+    build_ebpf(
+        [Package {
+            name: "interceptor-ebpf",
+            root_dir: "../interceptor-ebpf",
+            ..Package::default()
+        }],
+        Toolchain::Custom(TOOLCHAIN),
+    )
+    .context("building the kernel programs; `cargo xtask setup` installs what that needs")
+}

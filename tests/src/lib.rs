@@ -1,0 +1,3 @@
+//! The harness of Interceptor's test suites.
+
+pub mod interpreter;
