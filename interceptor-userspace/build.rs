@@ -11,6 +11,8 @@ fn main() -> anyhow::Result<()> {
     unsafe {
         // Lets the toolchain build core from source even if it isn't a nightly.
         std::env::set_var("RUSTC_BOOTSTRAP", "1");
+        // What the inner cargo says becomes warnings of the outer one.
+        std::env::set_var("CARGO_TERM_QUIET", "true");
     }
     build_ebpf(
         [Package {

@@ -78,6 +78,14 @@ pub struct Owner {
     pub gid: u32,
 }
 
+impl Owner {
+    /// What no list of owners can hold: the kernel's invalid uid and gid.
+    const NONE: Self = Self {
+        uid: u32::MAX,
+        gid: u32::MAX,
+    };
+}
+
 /// The facts of a connection that a process of the pod makes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OutputFacts {
@@ -132,16 +140,17 @@ pub fn output(settings: &Settings, facts: &OutputFacts) -> Decision {
     let localhost =
         facts.destination == settings.localhost_v4 || facts.destination == settings.localhost_v6;
 
+    let owner = facts.owner.unwrap_or(Owner::NONE);
     let mut rule = 2;
     for uid in settings.proxy_uids.iter() {
-        let owned = matches!(facts.owner, Some(owner) if owner.uid == uid);
+        let owned = owner.uid == uid;
         if let Some(decision) = owner_rules(rule, lo, localhost, owned) {
             return decision;
         }
         rule += 3;
     }
     for gid in settings.proxy_gids.iter() {
-        let owned = matches!(facts.owner, Some(owner) if owner.gid == gid);
+        let owned = owner.gid == gid;
         if let Some(decision) = owner_rules(rule, lo, localhost, owned) {
             return decision;
         }

@@ -14,25 +14,33 @@ pub const MAX_OWNERS: usize = 8;
 /// The most inbound ports that may be excluded.
 pub const MAX_EXCLUDED_PORTS: usize = 32;
 
-/// A list of settings that is longer than its place in the BPF map.
+/// A list of settings that can't be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct TooMany {
-    /// How many were given.
-    pub given: usize,
-    /// How many there may be.
-    pub most: usize,
+pub enum ListError {
+    /// It is longer than its place in the BPF map.
+    TooMany {
+        /// How many were given.
+        given: usize,
+        /// How many there may be.
+        most: usize,
+    },
+    /// It holds 4294967295, which the kernel keeps for "no uid" and "no gid".
+    InvalidId,
 }
 
-impl fmt::Display for TooMany {
+impl fmt::Display for ListError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} given, at most {} possible", self.given, self.most)
+        match self {
+            Self::TooMany { given, most } => write!(f, "{given} given, at most {most} possible"),
+            Self::InvalidId => write!(f, "{} is nobody's: no process can have it", u32::MAX),
+        }
     }
 }
 
-impl core::error::Error for TooMany {}
+impl core::error::Error for ListError {}
 
 macro_rules! list {
-    ($(#[$doc:meta])* $name:ident, $item:ty, $most:expr) => {
+    ($(#[$doc:meta])* $name:ident, $item:ty, $most:expr, $valid:expr) => {
         $(#[$doc])*
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
         #[repr(C)]
@@ -46,12 +54,16 @@ macro_rules! list {
             ///
             /// # Errors
             ///
-            /// If there are more values than the BPF map has room for.
-            pub fn new(given: &[$item]) -> Result<Self, TooMany> {
+            /// If there are more values than the BPF map has room for, or one
+            /// that can't be.
+            pub fn new(given: &[$item]) -> Result<Self, ListError> {
+                if !given.iter().all($valid) {
+                    return Err(ListError::InvalidId);
+                }
                 let mut values = [0; $most];
                 values
                     .get_mut(..given.len())
-                    .ok_or(TooMany { given: given.len(), most: $most })?
+                    .ok_or(ListError::TooMany { given: given.len(), most: $most })?
                     .copy_from_slice(given);
                 #[expect(clippy::cast_possible_truncation, reason = "at most $most")]
                 let len = given.len() as u32;
@@ -70,16 +82,19 @@ macro_rules! list {
                 self.len == 0
             }
 
+            /// The value at `index`, if that is in use.
+            #[inline(always)]
+            pub fn get(&self, index: usize) -> Option<$item> {
+                match self.values.get(index) {
+                    Some(value) if index < self.len as usize => Some(*value),
+                    _ => None,
+                }
+            }
+
             /// The values, in order.
-            // Bounded by a constant for the kernel's verifier.
             #[inline(always)]
             pub fn iter(&self) -> impl Iterator<Item = $item> {
-                let len = self.len;
-                self.values
-                    .iter()
-                    .zip(0u32..)
-                    .take_while(move |(_, index)| *index < len)
-                    .map(|(value, _)| *value)
+                (0..$most).map_while(|index| self.get(index))
             }
         }
     };
@@ -89,13 +104,15 @@ list!(
     /// Uids or gids, as the initial user namespace numbers them.
     Owners,
     u32,
-    MAX_OWNERS
+    MAX_OWNERS,
+    |id| *id != u32::MAX
 );
 list!(
     /// TCP ports, in host byte order.
     Ports,
     u16,
-    MAX_EXCLUDED_PORTS
+    MAX_EXCLUDED_PORTS,
+    |_port| true
 );
 
 /// The settings of one pod, as they lie in the `SETTINGS` map.
@@ -168,7 +185,8 @@ mod tests {
         );
         assert_eq!(
             Owners::new(&[7; MAX_OWNERS + 1]),
-            Err(TooMany { given: 9, most: 8 })
+            Err(ListError::TooMany { given: 9, most: 8 })
         );
+        assert_eq!(Owners::new(&[0, u32::MAX]), Err(ListError::InvalidId));
     }
 }

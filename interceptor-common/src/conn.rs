@@ -10,11 +10,15 @@ use bytemuck::{Pod, Zeroable};
 /// `IPPROTO_TCP`, the only protocol that the chains look at.
 pub const TCP: u32 = 6;
 
+/// The third word of an IPv4 address, in network byte order.
+const MAPPED: u32 = 0xffff_u32.to_be();
+
 /// An IPv4 or IPv6 address: 16 octets in network byte order, IPv4 as
 /// `::ffff:a.b.c.d` (RFC 4291, section 2.5.5.2).
 ///
 /// One form for both families lets an `AF_INET6` socket that talks IPv4 be
-/// what it is on the wire: an IPv4 connection.
+/// what it is on the wire: an IPv4 connection. The code works on words, because
+/// octets would each take a register of a kernel program.
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C, align(4))]
 pub struct Address {
@@ -28,12 +32,8 @@ impl Address {
 
     /// The IPv4 address with these octets, first one first.
     #[inline(always)]
-    pub const fn v4(o: [u8; 4]) -> Self {
-        Self {
-            octets: [
-                0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, o[0], o[1], o[2], o[3],
-            ],
-        }
+    pub fn v4(octets: [u8; 4]) -> Self {
+        Self::from_be32(u32::from_ne_bytes(octets))
     }
 
     /// The address with these octets, first one first.
@@ -45,8 +45,8 @@ impl Address {
     /// The IPv4 address in `word`, whose bytes in memory are in network order,
     /// as the kernel's `__be32` fields are.
     #[inline(always)]
-    pub const fn from_be32(word: u32) -> Self {
-        Self::v4(word.to_ne_bytes())
+    pub fn from_be32(word: u32) -> Self {
+        Self::from_be32s([0, 0, MAPPED, word])
     }
 
     /// The address in four words, whose bytes in memory are in network order,
@@ -73,23 +73,24 @@ impl Address {
     #[inline(always)]
     pub fn is_v4(&self) -> bool {
         let words = self.to_be32s();
-        words[0] == 0 && words[1] == 0 && words[2] == u32::from_be(0xffff)
+        words[0] == 0 && words[1] == 0 && words[2] == MAPPED
     }
 
     /// Whether this is `0.0.0.0` or `::`.
     #[inline(always)]
     pub fn is_unspecified(&self) -> bool {
         let words = self.to_be32s();
-        words[3] == 0 && words[0] == 0 && words[1] == 0 && (words[2] == 0 || self.is_v4())
+        words[3] == 0 && (words[2] == 0 || words[2] == MAPPED) && words[1] == 0 && words[0] == 0
     }
 
     /// Whether this is in `127.0.0.0/8`, or `::1`.
     #[inline(always)]
     pub fn is_loopback(&self) -> bool {
+        let words = self.to_be32s();
         if self.is_v4() {
-            self.octets[12] == 127
+            u32::from_be(words[3]) >> 24 == 127
         } else {
-            *self == Self::from(Ipv6Addr::LOCALHOST)
+            words == [0, 0, 0, 1u32.to_be()]
         }
     }
 
@@ -97,10 +98,11 @@ impl Address {
     /// and limited broadcast, IPv6 multicast. The kernel's own error stands.
     #[inline(always)]
     pub fn is_multicast_or_broadcast(&self) -> bool {
+        let words = self.to_be32s();
         if self.is_v4() {
-            self.octets[12] & 0xf0 == 0xe0 || self.to_be32() == u32::MAX
+            u32::from_be(words[3]) >> 28 == 0xe || words[3] == u32::MAX
         } else {
-            self.octets[0] == 0xff
+            u32::from_be(words[0]) >> 24 == 0xff
         }
     }
 }
@@ -247,18 +249,20 @@ pub struct Origin {
 /// which all network namespaces of a host share.
 pub const PROXY_ADDRESSES: u32 = 256;
 
+/// `127.15.1.0`, as a number in host byte order.
+const PROXY_NETWORK: u32 = 0x7f0f_0100;
+
 /// The proxy's IPv4 address for a redirected connection: one of
 /// `127.15.1.0` to `127.15.1.255`, by the low bits of `spread`.
 #[inline(always)]
-pub const fn proxy_address_v4(spread: u32) -> Address {
-    let [last, ..] = spread.to_le_bytes();
-    Address::v4([127, 15, 1, last])
+pub fn proxy_address_v4(spread: u32) -> Address {
+    Address::from_be32((PROXY_NETWORK | spread % PROXY_ADDRESSES).to_be())
 }
 
 /// Whether `address` is one of [`proxy_address_v4`]'s.
 #[inline(always)]
 pub fn is_proxy_address_v4(address: &Address) -> bool {
-    address.is_v4() && [address.octets[12], address.octets[13], address.octets[14]] == [127, 15, 1]
+    address.is_v4() && u32::from_be(address.to_be32()) & !(PROXY_ADDRESSES - 1) == PROXY_NETWORK
 }
 
 #[cfg(test)]

@@ -11,4 +11,5 @@ pub mod config;
 pub mod conn;
 pub mod counters;
 pub mod listeners;
+pub mod pod;
 pub mod routes;

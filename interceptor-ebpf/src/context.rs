@@ -1,7 +1,7 @@
 //! Reading the contexts that the kernel hands to programs: one field at a time,
 //! each with its byte order made plain.
 
-use core::ptr::{addr_of, addr_of_mut, read_volatile};
+use core::{arch::asm, mem::offset_of, ptr::addr_of_mut};
 
 use aya_ebpf::bindings::{bpf_sk_lookup, bpf_sock, bpf_sock_addr, bpf_sock_ops};
 use interceptor_common::conn::{Address, Endpoint};
@@ -15,18 +15,50 @@ macro_rules! read {
     ($context:expr, $($field:tt)+) => {
         // SAFETY: the kernel hands a valid context to the program, and the
         // verifier checks each access.
-        unsafe { read_volatile(addr_of!((*$context).$($field)+)) }
+        unsafe { ::core::ptr::read_volatile(::core::ptr::addr_of!((*$context).$($field)+)) }
     };
 }
 pub(crate) use read;
 
-macro_rules! read_address {
-    ($context:expr, $field:ident) => {
+/// Reads the word at the offset `OFFSET` of a context.
+///
+/// In assembly, because the compiler would make one read with a computed offset
+/// of two that stand in two branches, and the verifier refuses that.
+#[inline(always)]
+fn word<const OFFSET: usize, T>(context: *const T) -> u32 {
+    let word: u64;
+    // SAFETY: the kernel hands a valid context to the program, and the verifier
+    // checks the access.
+    unsafe {
+        asm!(
+            "{word} = *(u32 *)({context} + {offset})",
+            word = out(reg) word,
+            context = in(reg) context,
+            offset = const OFFSET,
+            options(nostack, readonly, preserves_flags),
+        );
+    }
+    #[expect(clippy::cast_possible_truncation, reason = "the upper half is zero")]
+    {
+        word as u32
+    }
+}
+
+/// Reads an IPv4 address.
+macro_rules! read_v4 {
+    ($context:expr, $type:ty, $field:ident) => {
+        Address::from_be32(word::<{ offset_of!($type, $field) }, $type>($context))
+    };
+}
+
+/// Reads an IPv6 address.
+macro_rules! read_v6 {
+    ($context:expr, $type:ty, $field:ident) => {
         Address::from_be32s([
-            read!($context, $field[0]),
-            read!($context, $field[1]),
-            read!($context, $field[2]),
-            read!($context, $field[3]),
+            word::<{ offset_of!($type, $field) }, $type>($context),
+            word::<{ offset_of!($type, $field) + 4 }, $type>($context),
+            word::<{ offset_of!($type, $field) + 8 }, $type>($context),
+            word::<{ offset_of!($type, $field) + 12 }, $type>($context),
         ])
     };
 }
@@ -35,7 +67,7 @@ macro_rules! read_address {
 #[inline(always)]
 pub(crate) fn asked_v4(context: *const bpf_sock_addr) -> Endpoint {
     Endpoint::new(
-        Address::from_be32(read!(context, user_ip4)),
+        read_v4!(context, bpf_sock_addr, user_ip4),
         user_port(context),
     )
 }
@@ -43,7 +75,10 @@ pub(crate) fn asked_v4(context: *const bpf_sock_addr) -> Endpoint {
 /// The destination that an `AF_INET6` connect() asks for.
 #[inline(always)]
 pub(crate) fn asked_v6(context: *const bpf_sock_addr) -> Endpoint {
-    Endpoint::new(read_address!(context, user_ip6), user_port(context))
+    Endpoint::new(
+        read_v6!(context, bpf_sock_addr, user_ip6),
+        user_port(context),
+    )
 }
 
 #[inline(always)]
@@ -91,9 +126,9 @@ pub(crate) fn bound(sk: *const bpf_sock) -> Endpoint {
 #[inline(always)]
 pub(crate) fn bound_address(sk: *const bpf_sock) -> Address {
     if read!(sk, family) == AF_INET6 {
-        read_address!(sk, src_ip6)
+        read_v6!(sk, bpf_sock, src_ip6)
     } else {
-        Address::from_be32(read!(sk, src_ip4))
+        read_v4!(sk, bpf_sock, src_ip4)
     }
 }
 
@@ -107,13 +142,13 @@ pub(crate) fn ends(context: *const bpf_sock_ops) -> (Endpoint, Endpoint) {
     let remote_port = u32::from_be(read!(context, remote_port)) as u16;
     let (local, remote) = if read!(context, family) == AF_INET {
         (
-            Address::from_be32(read!(context, local_ip4)),
-            Address::from_be32(read!(context, remote_ip4)),
+            read_v4!(context, bpf_sock_ops, local_ip4),
+            read_v4!(context, bpf_sock_ops, remote_ip4),
         )
     } else {
         (
-            read_address!(context, local_ip6),
-            read_address!(context, remote_ip6),
+            read_v6!(context, bpf_sock_ops, local_ip6),
+            read_v6!(context, bpf_sock_ops, remote_ip6),
         )
     };
     (
@@ -130,13 +165,13 @@ pub(crate) fn looked_up(context: *const bpf_sk_lookup) -> (Endpoint, Endpoint) {
     let remote_port = u16::from_be(read!(context, remote_port));
     let (local, remote) = if read!(context, family) == AF_INET {
         (
-            Address::from_be32(read!(context, local_ip4)),
-            Address::from_be32(read!(context, remote_ip4)),
+            read_v4!(context, bpf_sk_lookup, local_ip4),
+            read_v4!(context, bpf_sk_lookup, remote_ip4),
         )
     } else {
         (
-            read_address!(context, local_ip6),
-            read_address!(context, remote_ip6),
+            read_v6!(context, bpf_sk_lookup, local_ip6),
+            read_v6!(context, bpf_sk_lookup, remote_ip6),
         )
     };
     (

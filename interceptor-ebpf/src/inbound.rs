@@ -1,13 +1,13 @@
 //! The way in: which listener gets a new connection.
 
-use core::ptr::{from_ref, null_mut};
+use core::ptr::null_mut;
 
 use aya_ebpf::{
     bindings::{
-        BPF_SK_LOOKUP_F_REPLACE, bpf_sock,
+        BPF_SK_LOOKUP_F_REPLACE,
         sk_action::{SK_DROP, SK_PASS},
     },
-    helpers::generated::{bpf_map_lookup_elem, bpf_sk_assign, bpf_sk_release},
+    helpers::generated::{bpf_sk_assign, bpf_sk_release},
     macros::sk_lookup,
     programs::SkLookupContext,
 };
@@ -23,11 +23,11 @@ use interceptor_common::{
 use crate::{
     context::{bound_address, looked_up, read},
     listeners::proxy_port,
-    maps::{self, LISTENERS, handshakes},
+    maps::{self, handshakes},
 };
 
 #[sk_lookup]
-pub(crate) fn sk_lookup(ctx: SkLookupContext) -> u32 {
+pub(crate) fn find_listener(ctx: SkLookupContext) -> u32 {
     if read!(ctx.lookup, protocol) != TCP {
         return SK_PASS;
     }
@@ -110,16 +110,7 @@ fn from_inside(
 #[inline(always)]
 fn assign(ctx: &SkLookupContext, port: ProxyPort, from_inside: bool) -> bool {
     for slot in 0..SLOTS {
-        let index = port.first_slot() + slot;
-        // SAFETY: the key is a u32, as the map's are; what is found is a
-        // socket, held until it is released below.
-        let sk: *mut bpf_sock = unsafe {
-            bpf_map_lookup_elem(
-                from_ref(&LISTENERS).cast_mut().cast(),
-                from_ref(&index).cast_mut().cast(),
-            )
-        }
-        .cast();
+        let sk = maps::listeners::get(port.first_slot() + slot);
         if sk.is_null() {
             continue;
         }

@@ -1,13 +1,7 @@
 //! The proxy's listeners: registered when they start to listen, or found by
 //! an iterator when they are older than the attachment.
 
-use core::ptr::{from_mut, from_ref};
-
-use aya_ebpf::{
-    bindings::BPF_NOEXIST,
-    helpers::generated::{bpf_get_netns_cookie, bpf_map_update_elem},
-    programs::SockOpsContext,
-};
+use aya_ebpf::{helpers::generated::bpf_get_netns_cookie, programs::SockOpsContext};
 use aya_log_ebpf::{info, warn};
 use interceptor_common::{
     config::Settings,
@@ -15,11 +9,7 @@ use interceptor_common::{
     listeners::{ProxyPort, SLOTS},
 };
 
-use crate::{
-    context::read,
-    kernel,
-    maps::{self, LISTENERS},
-};
+use crate::{context::read, kernel, maps};
 
 const EEXIST: i64 = 17;
 const TCP_LISTEN: u8 = 10;
@@ -51,13 +41,7 @@ pub(crate) fn listening(ctx: &SockOpsContext) {
     if unsafe { bpf_get_netns_cookie(ctx.ops.cast()) } != kernel::NETNS_COOKIE.load() {
         return;
     }
-    let registered = register(proxy_port, |slot| {
-        // SAFETY: the program's own context.
-        match unsafe { LISTENERS.update(slot, ctx.ops, u64::from(BPF_NOEXIST)) } {
-            Ok(()) => 0,
-            Err(error) => i64::from(error),
-        }
-    });
+    let registered = register(proxy_port, |slot| maps::listeners::insert(slot, ctx.ops));
     if registered {
         info!(ctx, "the proxy listens on port {}", port);
     } else {
@@ -90,18 +74,7 @@ pub(crate) extern "C" fn register_listeners(context: *const TcpIterator) -> i32 
         return 0;
     }
     if let Some(proxy_port) = proxy_port(settings, port) {
-        register(proxy_port, |mut slot| {
-            // SAFETY: for a socket map the helper takes the socket itself as
-            // the value; the iterator holds it meanwhile.
-            unsafe {
-                bpf_map_update_elem(
-                    from_ref(&LISTENERS).cast_mut().cast(),
-                    from_mut(&mut slot).cast(),
-                    sock.cast(),
-                    u64::from(BPF_NOEXIST),
-                )
-            }
-        });
+        register(proxy_port, |slot| maps::listeners::insert_held(slot, sock));
     }
     0
 }

@@ -5,6 +5,9 @@
 //! verdict. None runs per packet; each leaves as early as it can.
 #![no_std]
 #![no_main]
+// Inline assembly for BPF; the kernel object needs a compiler that builds core
+// from source anyway.
+#![feature(asm_experimental_arch)]
 
 mod context;
 mod inbound;

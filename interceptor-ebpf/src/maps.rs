@@ -1,9 +1,13 @@
 //! The maps of a pod. User space fills them, reads them and pins them under
 //! these names.
 
+use core::ptr::null;
+
 use aya_ebpf::{
-    bindings::{BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE},
-    btf_maps::{Array, HashMap, LpmTrie, PerCpuArray, SkStorage, SockMap, lpm_trie::Key},
+    bindings::{
+        BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE, bpf_map_type::BPF_MAP_TYPE_SOCKMAP,
+    },
+    btf_maps::{Array, HashMap, LpmTrie, PerCpuArray, SkStorage, lpm_trie::Key},
     helpers::generated::{bpf_sk_storage_delete, bpf_sk_storage_get},
     macros::btf_map,
 };
@@ -13,6 +17,7 @@ use interceptor_common::{
     conn::{Address, Endpoint, Handshake, Origin},
     counters::{COUNTERS as COUNTERS_LEN, Event, decision_index},
     listeners::SLOTS,
+    pod::Attachment,
     routes::{MAX_ROUTES, Route},
 };
 
@@ -41,11 +46,91 @@ static ORIGINS: SkStorage<Origin> = SkStorage::new();
 /// The proxy's listeners: [`SLOTS`] for the outbound port, then as many for
 /// the inbound port.
 #[btf_map]
-pub(crate) static LISTENERS: SockMap<{ 2 * SLOTS as usize }> = SockMap::new();
+static LISTENERS: SocketMap<{ 2 * SLOTS as usize }> = SocketMap {
+    r#type: null(),
+    key: null(),
+    value: null(),
+    max_entries: null(),
+    map_flags: null(),
+};
+
+/// A `BPF_MAP_TYPE_SOCKMAP` whose values are socket cookies for user space;
+/// those of aya's `SockMap` have half the size and can't be read.
+#[repr(C)]
+pub(crate) struct SocketMap<const MAX_ENTRIES: usize> {
+    r#type: *const [i32; BPF_MAP_TYPE_SOCKMAP as usize],
+    key: *const u32,
+    value: *const u64,
+    max_entries: *const [i32; MAX_ENTRIES],
+    map_flags: *const [i32; 0],
+}
+
+// SAFETY: the fields only describe the map to the loader; nothing reads them.
+unsafe impl<const MAX_ENTRIES: usize> Sync for SocketMap<MAX_ENTRIES> {}
+
+/// The proxy's listeners, one per slot.
+pub(crate) mod listeners {
+    use core::ptr::{from_mut, from_ref};
+
+    use aya_ebpf::{
+        bindings::{BPF_NOEXIST, bpf_sock, bpf_sock_ops},
+        helpers::generated::{bpf_map_lookup_elem, bpf_map_update_elem, bpf_sock_map_update},
+    };
+
+    use super::LISTENERS;
+
+    /// Puts the listener that sock_ops is called for into a free slot; 0, or
+    /// an errno below zero.
+    #[inline(always)]
+    pub(crate) fn insert(mut slot: u32, context: *mut bpf_sock_ops) -> i64 {
+        // SAFETY: the program's own context, and a key of the map's type.
+        unsafe {
+            bpf_sock_map_update(
+                context,
+                from_ref(&LISTENERS).cast_mut().cast(),
+                from_mut(&mut slot).cast(),
+                u64::from(BPF_NOEXIST),
+            )
+        }
+    }
+
+    /// Puts a listener that an iterator holds into a free slot; 0, or an errno
+    /// below zero.
+    #[inline(always)]
+    pub(crate) fn insert_held(mut slot: u32, sock_common: *mut u8) -> i64 {
+        // SAFETY: for a socket map the helper takes the socket itself as the
+        // value; the iterator holds it meanwhile.
+        unsafe {
+            bpf_map_update_elem(
+                from_ref(&LISTENERS).cast_mut().cast(),
+                from_mut(&mut slot).cast(),
+                sock_common.cast(),
+                u64::from(BPF_NOEXIST),
+            )
+        }
+    }
+
+    /// The listener in a slot, or null. It must be released.
+    #[inline(always)]
+    pub(crate) fn get(mut slot: u32) -> *mut bpf_sock {
+        // SAFETY: a key of the map's type.
+        unsafe {
+            bpf_map_lookup_elem(
+                from_ref(&LISTENERS).cast_mut().cast(),
+                from_mut(&mut slot).cast(),
+            )
+        }
+        .cast()
+    }
+}
 
 /// One counter per rule and per event.
 #[btf_map]
 static COUNTERS: PerCpuArray<u64, { COUNTERS_LEN as usize }> = PerCpuArray::new();
+
+/// What the loader remembers of the attachment.
+#[btf_map]
+static ATTACHMENT: Array<Attachment, 1> = Array::new();
 
 /// The pod's settings; `None` never happens, an array's elements always exist.
 #[inline(always)]
@@ -95,10 +180,12 @@ pub(crate) mod handshakes {
 
     /// The original destination of a handshake.
     #[inline(always)]
-    pub(crate) fn get(key: &Handshake) -> Option<Endpoint> {
-        // SAFETY: the value is copied out at once; entries are written once,
-        // when they are inserted, so that a reader sees no half of one.
-        unsafe { HANDSHAKES.get(key) }.copied()
+    pub(crate) fn get<'a>(key: &Handshake) -> Option<&'a Endpoint> {
+        // SAFETY: an entry is written once, when it is inserted, and memory
+        // of a removed one stays readable until the program ends. It could be
+        // used anew meanwhile only if this handshake's two ends, who alone
+        // remove it, were done with it.
+        unsafe { HANDSHAKES.get(key) }
     }
 
     /// Forgets a handshake.
@@ -111,17 +198,19 @@ pub(crate) mod handshakes {
 
 /// What sockets remember, for a `sk` that the kernel handed to the program.
 pub(crate) mod origins {
-    use core::ptr::{from_mut, from_ref, null_mut};
+    use core::ptr::{from_ref, null_mut};
 
     use aya_ebpf::bindings::bpf_sock;
+    use interceptor_common::conn::Role;
 
     use super::{
-        BPF_SK_STORAGE_GET_F_CREATE, ORIGINS, Origin, bpf_sk_storage_delete, bpf_sk_storage_get,
+        BPF_SK_STORAGE_GET_F_CREATE, Endpoint, ORIGINS, Origin, bpf_sk_storage_delete,
+        bpf_sk_storage_get,
     };
 
     /// What `sk` remembers.
     #[inline(always)]
-    pub(crate) fn get(sk: *mut bpf_sock) -> Option<Origin> {
+    pub(crate) fn get<'a>(sk: *mut bpf_sock) -> Option<&'a Origin> {
         // SAFETY: the verifier admits only a socket that the context gave and
         // that was checked not to be null; the helper returns null or storage
         // that lives as long as the socket, which outlives the program.
@@ -134,27 +223,33 @@ pub(crate) mod origins {
             )
             .cast::<Origin>()
             .as_ref()
-            .copied()
         }
     }
 
-    /// Makes `sk` remember `origin`; false if there is no memory for it.
+    /// Makes `sk` remember; false if there is no memory for it.
     #[inline(always)]
-    pub(crate) fn set(sk: *mut bpf_sock, mut origin: Origin) -> bool {
-        // SAFETY: as in `get`; the initial value is read before the helper
-        // returns. Storage that existed before is overwritten whole: only the
-        // socket's own connect(), under the socket's lock, comes here.
+    pub(crate) fn set(
+        sk: *mut bpf_sock,
+        original_destination: &Endpoint,
+        role: Role,
+        source_chosen: u32,
+    ) -> bool {
+        // SAFETY: as in `get`. The fields are written in place, to save stack:
+        // only the socket's own connect() under its lock, and the softirq that
+        // establishes it, come here, and nobody reads before they are done.
         unsafe {
             let storage = bpf_sk_storage_get(
                 from_ref(&ORIGINS).cast_mut().cast(),
                 sk.cast(),
-                from_mut(&mut origin).cast(),
+                null_mut(),
                 u64::from(BPF_SK_STORAGE_GET_F_CREATE),
             )
             .cast::<Origin>();
             match storage.as_mut() {
                 Some(storage) => {
-                    *storage = origin;
+                    storage.original_destination = *original_destination;
+                    storage.role = role as u32;
+                    storage.source_chosen = source_chosen;
                     true
                 }
                 None => false,

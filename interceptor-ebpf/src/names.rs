@@ -14,7 +14,7 @@ const CONTINUE: i32 = 1;
 #[cgroup_sock_addr(getpeername4)]
 pub(crate) fn getpeername4(ctx: SockAddrContext) -> i32 {
     if let Some(destination) = asked_destination(&ctx) {
-        set_v4(ctx.sock_addr, &destination);
+        set_v4(ctx.sock_addr, destination);
     }
     CONTINUE
 }
@@ -22,21 +22,21 @@ pub(crate) fn getpeername4(ctx: SockAddrContext) -> i32 {
 #[cgroup_sock_addr(getpeername6)]
 pub(crate) fn getpeername6(ctx: SockAddrContext) -> i32 {
     if let Some(destination) = asked_destination(&ctx) {
-        set_v6(ctx.sock_addr, &destination);
+        set_v6(ctx.sock_addr, destination);
     }
     CONTINUE
 }
 
 /// Where the socket meant to connect to, if it was redirected.
 #[inline(always)]
-fn asked_destination(ctx: &SockAddrContext) -> Option<Endpoint> {
+fn asked_destination(ctx: &SockAddrContext) -> Option<&'static Endpoint> {
     // SAFETY: the union's only member.
     let sk = unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk };
     if sk.is_null() {
         return None;
     }
     match origins::get(sk) {
-        Some(origin) if origin.role == Role::Client as u32 => Some(origin.original_destination),
+        Some(origin) if origin.role == Role::Client as u32 => Some(&origin.original_destination),
         _ => None,
     }
 }

@@ -1,5 +1,7 @@
 //! What the proxy asks: getsockopt(SO_ORIGINAL_DST).
 
+use core::ptr::addr_of_mut;
+
 use aya_ebpf::{
     bindings::{bpf_sock, bpf_sockopt},
     helpers::generated::bpf_get_netns_cookie,
@@ -78,17 +80,18 @@ fn original_destination(context: *const bpf_sockopt, sk: *mut bpf_sock) -> Optio
 /// Writes the answer and success; `EINVAL` if the caller's buffer is too small.
 #[inline(always)]
 fn answer<T>(context: *mut bpf_sockopt, value: T) {
-    // SAFETY: the verifier checks the bounds of the buffer; it may not be
-    // aligned.
+    // SAFETY: the verifier checks the bounds of the buffer, which need not be
+    // aligned. Volatile, so that two fields of the context are not written as
+    // one.
     unsafe {
         let buffer = (*context).__bindgen_anon_2.optval.cast::<T>();
         let end = (*context).__bindgen_anon_3.optval_end.cast::<T>();
         if buffer.add(1) > end {
-            (*context).retval = -EINVAL;
+            addr_of_mut!((*context).retval).write_volatile(-EINVAL);
             return;
         }
-        buffer.write(value);
-        (*context).optlen = size_of::<T>() as i32;
-        (*context).retval = 0;
+        buffer.write_unaligned(value);
+        addr_of_mut!((*context).optlen).write_volatile(size_of::<T>() as i32);
+        addr_of_mut!((*context).retval).write_volatile(0);
     }
 }

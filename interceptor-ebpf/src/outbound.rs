@@ -16,9 +16,7 @@ use aya_log_ebpf::{debug, warn};
 use interceptor_common::{
     chains::{Chain, OutputFacts, Verdict, output},
     config::Settings,
-    conn::{
-        Address, Endpoint, Handshake, Origin, Role, TCP, is_proxy_address_v4, proxy_address_v4,
-    },
+    conn::{Address, Endpoint, Handshake, Role, TCP, is_proxy_address_v4, proxy_address_v4},
     counters::Event,
 };
 
@@ -36,11 +34,12 @@ const ALLOW: i32 = 1;
 const ECONNREFUSED: i32 = 111;
 
 /// What connect() shall do.
+#[derive(Clone, Copy)]
 enum Connect {
     /// What the application asked for.
     AsAsked,
-    /// Go to the proxy, there.
-    To(Endpoint),
+    /// Go to the proxy.
+    Redirected,
     /// Fail with `ECONNREFUSED`.
     Refused,
 }
@@ -51,10 +50,11 @@ pub(crate) fn connect4(ctx: SockAddrContext) -> i32 {
     if read!(context, protocol) != TCP {
         return ALLOW;
     }
-    match connect(&ctx, asked_v4(context)) {
+    let mut endpoint = asked_v4(context);
+    match connect(&ctx, &mut endpoint) {
         Connect::AsAsked => ALLOW,
-        Connect::To(proxy) => {
-            set_v4(context, &proxy);
+        Connect::Redirected => {
+            set_v4(context, &endpoint);
             ALLOW
         }
         Connect::Refused => refuse(),
@@ -67,10 +67,11 @@ pub(crate) fn connect6(ctx: SockAddrContext) -> i32 {
     if read!(context, protocol) != TCP {
         return ALLOW;
     }
-    match connect(&ctx, asked_v6(context)) {
+    let mut endpoint = asked_v6(context);
+    match connect(&ctx, &mut endpoint) {
         Connect::AsAsked => ALLOW,
-        Connect::To(proxy) => {
-            set_v6(context, &proxy);
+        Connect::Redirected => {
+            set_v6(context, &endpoint);
             ALLOW
         }
         Connect::Refused => refuse(),
@@ -86,8 +87,12 @@ fn refuse() -> i32 {
     REFUSE
 }
 
-#[inline(always)]
-fn connect(ctx: &SockAddrContext, asked: Endpoint) -> Connect {
+/// Decides, and on a redirect changes `endpoint` from what the application asked
+/// for to the proxy's.
+///
+/// A function of its own, with its own part of the stack, which is 512 bytes.
+#[inline(never)]
+fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Connect {
     // SAFETY: `ctx` is the program's own context.
     if unsafe { bpf_get_netns_cookie(ctx.sock_addr.cast()) } != kernel::NETNS_COOKIE.load() {
         return Connect::AsAsked;
@@ -104,14 +109,14 @@ fn connect(ctx: &SockAddrContext, asked: Endpoint) -> Connect {
     // A socket may connect more than once: after a failure, or after AF_UNSPEC.
     let previous = origins::get(sk);
     let mut local = bound(sk);
-    let source_was_chosen = matches!(&previous, Some(origin) if origin.source_chosen != 0);
+    let source_was_chosen = matches!(previous, Some(origin) if origin.source_chosen != 0);
     if source_was_chosen {
         local.address = Address::UNSPECIFIED;
     }
 
     let destination = Endpoint::new(
-        effective_destination(settings, &asked.address, &local.address),
-        asked.port,
+        effective_destination(settings, &endpoint.address, &local.address),
+        endpoint.port,
     );
     let route = maps::route(&destination.address);
     let over_loopback = matches!(route, Some(route) if route.local != 0);
@@ -155,7 +160,7 @@ fn connect(ctx: &SockAddrContext, asked: Endpoint) -> Connect {
         Verdict::Direct if is_proxy_address_v4(&destination.address) => destination.port,
         Verdict::Direct => {
             if source_was_chosen {
-                unbind(ctx.sock_addr, sk, &asked.address);
+                unbind(ctx.sock_addr, sk, &endpoint.address);
             }
             if previous.is_some() {
                 origins::forget(sk);
@@ -166,7 +171,7 @@ fn connect(ctx: &SockAddrContext, asked: Endpoint) -> Connect {
         Verdict::Inbound => settings.inbound_port,
     };
 
-    let mut proxy = Endpoint::new(
+    *endpoint = Endpoint::new(
         if is_proxy_address_v4(&destination.address) {
             destination.address
         } else if destination.address.is_v4() {
@@ -184,7 +189,7 @@ fn connect(ctx: &SockAddrContext, asked: Endpoint) -> Connect {
         } else if local.port != 0 {
             // A port bound to any address can't be bound again. Local to
             // local, the source is the destination.
-            proxy.address = source;
+            endpoint.address = source;
         } else if bind(ctx.sock_addr, sk, source) {
             source_chosen = 1;
         } else {
@@ -192,13 +197,8 @@ fn connect(ctx: &SockAddrContext, asked: Endpoint) -> Connect {
         }
     }
 
-    let origin = Origin {
-        original_destination: destination,
-        role: Role::Client as u32,
-        source_chosen,
-    };
-    if origins::set(sk, origin) {
-        Connect::To(proxy)
+    if origins::set(sk, &destination, Role::Client, source_chosen) {
+        Connect::Redirected
     } else {
         maps::count(Event::OriginLost);
         warn!(ctx, "no memory for an original destination");
@@ -328,12 +328,7 @@ fn accepted(ctx: &SockOpsContext) {
     let Some(original_destination) = handshakes::get(&key) else {
         return;
     };
-    let origin = Origin {
-        original_destination,
-        role: Role::Accepted as u32,
-        source_chosen: 0,
-    };
-    if origins::set(sk, origin) {
+    if origins::set(sk, original_destination, Role::Accepted, 0) {
         handshakes::remove(&key);
     } else {
         maps::count(Event::OriginLost);

@@ -1,35 +1,127 @@
 //! The command line: one file per subcommand, and only these print.
+#![expect(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "this is where the command prints"
+)]
 
-use std::process::ExitCode;
-
-use clap::{Parser, Subcommand};
-
+mod attach;
+mod chains;
+mod detach;
+mod logs;
 mod proxy;
+mod status;
+
+use std::{io::Write as _, path::PathBuf, process::ExitCode};
+
+use clap::{Parser, Subcommand, ValueEnum};
+use interceptor_userspace::datapath::{DEFAULT_ROOT, Pins};
+use serde::Serialize;
 
 /// The eBPF replacement for a service mesh sidecar's iptables rules.
+///
+/// Every TCP connection of a pod gets the answer that the sidecar's NAT chains would give, with
+/// kernel programs on the pod's cgroup and network namespace instead. They are pinned: no process
+/// has to keep running.
 #[derive(Debug, Parser)]
-#[command(version, about)]
+#[command(version, about, arg_required_else_help = true)]
 struct Cli {
+    /// The directory on a BPF file system below which each pod's programs and maps are pinned.
+    #[arg(long, global = true, value_name = "DIR", default_value = DEFAULT_ROOT, env = "INTERCEPTOR_PINS")]
+    pins: PathBuf,
+
+    /// The form of what is printed.
+    #[arg(
+        short,
+        long,
+        global = true,
+        value_name = "FORM",
+        default_value = "text"
+    )]
+    output: Output,
+
     #[command(subcommand)]
     command: Command,
 }
 
+/// The form of what a command prints.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Output {
+    /// For people.
+    Text,
+    /// For programs.
+    Json,
+}
+
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Attach a pod: from here on its connections go through its proxy.
+    Attach(attach::Args),
+    /// Detach a pod and remove all that attaching made.
+    Detach(detach::Args),
+    /// Show what is attached.
+    Status(status::Args),
+    /// Show a pod's chains, and how many connections each rule has decided.
+    Chains(chains::Args),
+    /// Follow what a pod's kernel programs log.
+    Logs(logs::Args),
     /// Run a small transparent TCP proxy on the ports that connections are redirected to.
     Proxy(proxy::Args),
 }
 
 /// Runs the command that the arguments name.
 pub(crate) fn main() -> ExitCode {
-    let result = match Cli::parse().command {
-        Command::Proxy(args) => proxy::run(args),
+    let cli = Cli::parse();
+    let pins = Pins::at(cli.pins);
+    let result = match cli.command {
+        Command::Attach(args) => attach::run(args, &pins, cli.output),
+        Command::Detach(args) => detach::run(&args, &pins, cli.output),
+        Command::Status(args) => status::run(args, &pins, cli.output),
+        Command::Chains(args) => chains::run(&args, &pins, cli.output),
+        Command::Logs(args) => logs::run(&args, &pins),
+        Command::Proxy(args) => proxy::run(args, cli.output),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Prints a line, or a table.
+fn print(text: impl std::fmt::Display) -> anyhow::Result<()> {
+    Ok(writeln!(std::io::stdout(), "{text}")?)
+}
+
+/// Prints JSON.
+fn print_json(value: &impl Serialize) -> anyhow::Result<()> {
+    print(serde_json::to_string_pretty(value)?)
+}
+
+/// A table without lines, as other tools print them.
+fn table(header: &[&str]) -> comfy_table::Table {
+    let mut table = comfy_table::Table::new();
+    table.load_preset(comfy_table::presets::NOTHING);
+    table.set_header(header);
+    table
+}
+
+/// Whether who reads our output has gone, as in `| head`.
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error
+        .downcast_ref::<std::io::Error>()
+        .is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_arguments_make_sense_to_clap() {
+        super::Cli::command().debug_assert();
     }
 }

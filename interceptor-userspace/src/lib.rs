@@ -1,3 +1,11 @@
 //! Loads Interceptor's kernel programs for a pod and feeds their maps.
+//!
+//! [`pod`] finds out what a pod is, [`datapath`] attaches it, and [`proxy`] is
+//! a small proxy to try it with. Nothing here prints.
 
+pub mod datapath;
+mod error;
+pub mod pod;
 pub mod proxy;
+
+pub use error::{Error, Result};

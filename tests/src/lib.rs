@@ -1,3 +1,13 @@
-//! The harness of Interceptor's test suites.
+//! The harness of Interceptor's test suites: throwaway pods, the processes in
+//! them, the chains of live iptables, and the table of cases to compare.
 
+pub mod agent;
+pub mod cases;
+pub mod cgroup;
+pub mod command;
+pub mod interception;
 pub mod interpreter;
+pub mod iptables;
+pub mod netns;
+pub mod pod;
+pub mod proxies;

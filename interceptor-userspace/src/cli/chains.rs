@@ -1,0 +1,48 @@
+//! `interceptor chains`.
+
+use comfy_table::CellAlignment;
+use interceptor_userspace::{
+    datapath::{self, Pins},
+    pod::PodName,
+};
+
+use super::Output;
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// The pod's name, as it was attached.
+    #[arg(long, value_name = "NAME")]
+    pod: PodName,
+}
+
+pub(crate) fn run(args: &Args, pins: &Pins, output: Output) -> anyhow::Result<()> {
+    let chains = datapath::chains(pins, &args.pod)?;
+    if output == Output::Json {
+        return super::print_json(&chains);
+    }
+    for (index, chain) in chains.iter().enumerate() {
+        if index > 0 {
+            super::print("")?;
+        }
+        super::print(format!(
+            "Chain {} (from {}, -p tcp; one count per connection)",
+            chain.chain, chain.from
+        ))?;
+        let mut table = super::table(&["num", "hits", "target", "rule"]);
+        for rule in &chain.rules {
+            table.add_row([
+                rule.number.to_string(),
+                rule.hits.to_string(),
+                rule.target.to_owned(),
+                rule.text.clone(),
+            ]);
+        }
+        for column in [0, 1] {
+            if let Some(column) = table.column_mut(column) {
+                column.set_cell_alignment(CellAlignment::Right);
+            }
+        }
+        super::print(table.trim_fmt())?;
+    }
+    Ok(())
+}

@@ -1,0 +1,133 @@
+//! `interceptor status`.
+
+use anyhow::bail;
+use interceptor_userspace::{
+    datapath::{self, Pins, PodView},
+    pod::PodName,
+};
+
+use super::Output;
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Only this pod.
+    #[arg(long, value_name = "NAME")]
+    pod: Option<PodName>,
+}
+
+pub(crate) fn run(args: Args, pins: &Pins, output: Output) -> anyhow::Result<()> {
+    let pods = match args.pod {
+        Some(pod) => vec![pod],
+        None => datapath::pods(pins)?,
+    };
+    let views: Vec<_> = pods
+        .iter()
+        .map(|pod| (pod, datapath::view(pins, pod)))
+        .collect();
+    match output {
+        Output::Json => super::print_json(
+            &views
+                .iter()
+                .map(|(pod, view)| match view {
+                    Ok(view) => serde_json::to_value(view),
+                    Err(error) => Ok(serde_json::json!({
+                        "pod": pod.as_ref(),
+                        "error": error.to_string(),
+                    })),
+                })
+                .collect::<Result<Vec<_>, _>>()?,
+        )?,
+        Output::Text if views.is_empty() => {
+            super::print(format!(
+                "no pod is attached below {}",
+                pins.root().display()
+            ))?;
+        }
+        Output::Text => {
+            for (index, (_, view)) in views.iter().enumerate() {
+                if index > 0 {
+                    super::print("")?;
+                }
+                if let Ok(view) = view {
+                    print_view(view)?;
+                }
+            }
+        }
+    }
+    let broken: Vec<String> = views
+        .iter()
+        .filter_map(|(_, view)| view.as_ref().err().map(ToString::to_string))
+        .collect();
+    if !broken.is_empty() {
+        bail!("{}", broken.join("\n"));
+    }
+    Ok(())
+}
+
+fn print_view(view: &PodView) -> anyhow::Result<()> {
+    let mut table = super::table(&["pod", &view.pod]);
+    let mut row = |name: &str, value: String| {
+        table.add_row([name.to_owned(), value]);
+    };
+    row(
+        "cgroup",
+        match &view.cgroup {
+            Some(path) => path.display().to_string(),
+            None => format!("{} (gone)", view.cgroup_id),
+        },
+    );
+    row("network namespace", format!("net:[{}]", view.netns_inode));
+    row(
+        "proxy",
+        format!(
+            "uid {}, gid {}, outbound port {}, inbound port {}",
+            list(&view.proxy_uids),
+            list(&view.proxy_gids),
+            view.outbound_port,
+            view.inbound_port
+        ),
+    );
+    row(
+        "inbound ports left alone",
+        list(&view.excluded_inbound_ports),
+    );
+    row(
+        "proxy's listeners",
+        format!(
+            "{} outbound, {} inbound{}",
+            view.listeners.outbound,
+            view.listeners.inbound,
+            if view.listeners.inbound == 0 {
+                " (arriving connections are refused until the proxy listens)"
+            } else {
+                ""
+            }
+        ),
+    );
+    row("handshakes in flight", view.handshakes.to_string());
+    row("routes known", view.routes.to_string());
+    row(
+        "programs",
+        view.links
+            .iter()
+            .map(|link| format!("{} ({})", link.program, link.program_id))
+            .collect::<Vec<_>>()
+            .join(", "),
+    );
+    row("pins", view.pins.display().to_string());
+    for event in view.events.iter().filter(|event| event.count > 0) {
+        row(event.event, event.count.to_string());
+    }
+    super::print(table.trim_fmt())
+}
+
+fn list(items: &[impl ToString]) -> String {
+    if items.is_empty() {
+        return "none".to_owned();
+    }
+    items
+        .iter()
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join(", ")
+}

@@ -1,0 +1,18 @@
+//! The data path of a pod: its kernel programs, their maps and their links,
+//! all pinned, so that no process has to stay.
+
+mod attach;
+mod bpf;
+mod kernel_types;
+mod object;
+mod pins;
+mod plain;
+mod routes;
+mod view;
+
+pub use attach::{Attached, Request, attach, detach};
+pub use object::{LINKS, LogLevel, MAPS};
+pub use pins::{DEFAULT_ROOT, Pins};
+pub use view::{
+    ChainView, EventView, LinkView, ListenerView, PodView, RuleView, chains, pods, view,
+};

@@ -1,0 +1,306 @@
+//! Attaching and detaching a pod: all or nothing.
+
+use std::{fs, io, path::Path};
+
+use aya::maps::{Array, LpmTrie, MapData, lpm_trie::Key};
+use interceptor_common::{
+    config::Settings,
+    conn::Address,
+    pod::{Attachment, LAYOUT},
+    routes::Route,
+};
+
+use super::{
+    object::{LINKS, LogLevel, MAPS, Object},
+    pins::{self, Pins, Staging, link_pin},
+    plain::Plain,
+    routes::{self, Routes},
+    view::Opened,
+};
+use crate::{
+    Error, Result,
+    pod::{
+        PodName,
+        cgroup::Cgroup,
+        netns::{Netns, NetnsId},
+    },
+};
+
+/// A pod to attach, and how.
+#[derive(Debug)]
+pub struct Request<'a> {
+    /// Under which name its pins lie.
+    pub pod: &'a PodName,
+    /// Its cgroup.
+    pub cgroup: &'a Cgroup,
+    /// Its network namespace.
+    pub netns: &'a Netns,
+    /// What the chains compare connections with.
+    pub settings: &'a Settings,
+    /// What the kernel programs log.
+    pub log_level: LogLevel,
+    /// Whether the root cgroup and the machine's own network namespace are
+    /// meant.
+    pub allow_host: bool,
+}
+
+/// How an attachment went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Attached {
+    /// The pod was not attached before.
+    Newly,
+    /// The pod was attached in the same way; its routes were read anew.
+    Already,
+}
+
+/// Attaches a pod. Nothing has to keep running afterwards.
+///
+/// # Errors
+///
+/// If any step fails; nothing is left behind then.
+pub fn attach(pins: &Pins, request: &Request<'_>) -> Result<Attached> {
+    need_root()?;
+    refuse_host(request)?;
+    let lock = pins.lock()?;
+    lock.remove_leftovers(pins, request.pod)?;
+
+    let directory = pins.pod(request.pod);
+    if directory.exists() {
+        return attach_again(request, &directory);
+    }
+
+    let passthrough = PassthroughAddress::add(request)?;
+    let routes = routes::read(request.netns)?;
+    let mut object = Object::load(request.netns.cookie()?, request.log_level)?;
+    fill(&mut object, request, passthrough.added, &routes)?;
+
+    let staging = Staging::make(pins.attaching(request.pod))?;
+    for name in MAPS {
+        let path = staging.map(name);
+        object.map(name).pin(&path).map_err(|error| {
+            Error::system(format!("pinning {}", path.display()))(io::Error::other(error))
+        })?;
+    }
+    for hook in &LINKS {
+        let link = object.attach(hook, request.cgroup, request.netns)?;
+        let path = staging.link(hook.program);
+        link.pin(&path)
+            .map_err(Error::system(format!("pinning {}", path.display())))?;
+        if hook.program == "sock_ops" {
+            // New listeners register themselves from here on; nothing looks
+            // for them yet.
+            object.register_listeners(request.netns)?;
+        }
+    }
+    staging.keep_as(&directory)?;
+    passthrough.keep();
+    Ok(Attached::Newly)
+}
+
+/// Detaches a pod and removes its pins.
+///
+/// # Errors
+///
+/// If there is no such pod, or its pins can't be removed.
+pub fn detach(pins: &Pins, pod: &PodName) -> Result<()> {
+    need_root()?;
+    let lock = pins.lock()?;
+    lock.remove_leftovers(pins, pod)?;
+    let directory = pins.pod(pod);
+    if !directory.exists() {
+        return Err(Error::NotAttached {
+            pod: pod.clone(),
+            path: directory,
+        });
+    }
+    // A damaged attachment can be detached too.
+    let opened = Opened::open(pod, &directory).ok();
+    let detaching = pins.detaching(pod);
+    fs::rename(&directory, &detaching).map_err(Error::system(format!(
+        "renaming {} to {}",
+        directory.display(),
+        detaching.display()
+    )))?;
+    // First what redirects, last what redirected connections need.
+    for hook in LINKS.iter().rev() {
+        let path = link_pin(&detaching, hook.program);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(Error::system(format!("removing {}", path.display()))(error));
+            }
+            _ => {}
+        }
+    }
+    pins::remove(&detaching)?;
+    if let Some(opened) = opened
+        && opened.attachment.passthrough_v6_added != 0
+        && let Some(netns) = Netns::find(NetnsId {
+            device: opened.attachment.netns_device,
+            inode: opened.attachment.netns_inode,
+        })
+    {
+        routes::remove_passthrough(&netns, opened.settings.passthrough_v6.octets.into())?;
+    }
+    Ok(())
+}
+
+/// The pod has a directory of pins: the same attachment is done, another one
+/// is refused.
+fn attach_again(request: &Request<'_>, directory: &Path) -> Result<Attached> {
+    let opened = Opened::open(request.pod, directory)?;
+    opened.check()?;
+    let wanted = attachment(request, opened.attachment.passthrough_v6_added != 0);
+    let differs = if opened.attachment.layout != wanted.layout {
+        Some("version of Interceptor")
+    } else if opened.attachment.cgroup_id != wanted.cgroup_id {
+        Some("cgroup")
+    } else if (
+        opened.attachment.netns_device,
+        opened.attachment.netns_inode,
+    ) != (wanted.netns_device, wanted.netns_inode)
+    {
+        Some("network namespace")
+    } else if opened.attachment.log_level != wanted.log_level {
+        Some("log level")
+    } else if opened.settings != *request.settings {
+        Some("settings")
+    } else {
+        None
+    };
+    if let Some(what) = differs {
+        return Err(Error::AttachedOtherwise {
+            pod: request.pod.clone(),
+            what,
+        });
+    }
+    let routes = routes::read(request.netns)?;
+    let mut map: RoutesMap<MapData> = opened.map("ROUTES")?;
+    write_routes(&mut map, &routes)?;
+    Ok(Attached::Already)
+}
+
+fn attachment(request: &Request<'_>, passthrough_v6_added: bool) -> Attachment {
+    let netns = request.netns.id();
+    Attachment {
+        layout: LAYOUT,
+        passthrough_v6_added: u32::from(passthrough_v6_added),
+        netns_device: netns.device,
+        netns_inode: netns.inode,
+        cgroup_id: request.cgroup.id(),
+        log_level: u64::from(request.log_level as u8),
+    }
+}
+
+fn fill(
+    object: &mut Object,
+    request: &Request<'_>,
+    passthrough_v6_added: bool,
+    routes: &Routes,
+) -> Result<()> {
+    let mut settings: Array<_, Plain<Settings>> = object.map_mut("SETTINGS")?;
+    settings
+        .set(0, Plain(*request.settings), 0)
+        .map_err(Error::map("writing", "SETTINGS"))?;
+    let mut attachments: Array<_, Plain<Attachment>> = object.map_mut("ATTACHMENT")?;
+    attachments
+        .set(0, Plain(attachment(request, passthrough_v6_added)), 0)
+        .map_err(Error::map("writing", "ATTACHMENT"))?;
+    let mut map: RoutesMap<_> = object.map_mut("ROUTES")?;
+    write_routes(&mut map, routes)
+}
+
+type RoutesMap<T> = LpmTrie<T, Plain<Address>, Plain<Route>>;
+
+/// Makes the map hold `routes` and no others. New ones come first, so that no
+/// destination is without its route meanwhile.
+fn write_routes<T>(map: &mut RoutesMap<T>, routes: &Routes) -> Result<()>
+where
+    T: std::borrow::Borrow<MapData> + std::borrow::BorrowMut<MapData>,
+{
+    let wanted: Vec<_> = routes
+        .iter()
+        .map(|(prefix, route)| {
+            let bits = u32::from(prefix.prefix_len());
+            let bits = if prefix.addr().is_ipv4() {
+                96 + bits
+            } else {
+                bits
+            };
+            ((bits, prefix.addr().into()), *route)
+        })
+        .collect();
+    for ((bits, address), route) in &wanted {
+        map.insert(&Key::new(*bits, Plain(*address)), Plain(*route), 0)
+            .map_err(Error::map("writing", "ROUTES"))?;
+    }
+    let present: Vec<Key<Plain<Address>>> = map
+        .keys()
+        .collect::<Result<_, _>>()
+        .map_err(Error::map("reading", "ROUTES"))?;
+    for key in present {
+        if !wanted
+            .iter()
+            .any(|((bits, address), _)| *bits == key.prefix_len() && *address == key.data().0)
+        {
+            map.remove(&key).map_err(Error::map("writing", "ROUTES"))?;
+        }
+    }
+    Ok(())
+}
+
+fn need_root() -> Result<()> {
+    if nix::unistd::geteuid().is_root() {
+        Ok(())
+    } else {
+        Err(Error::NotRoot)
+    }
+}
+
+fn refuse_host(request: &Request<'_>) -> Result<()> {
+    if request.allow_host {
+        Ok(())
+    } else if request.cgroup.is_root() {
+        Err(Error::RootCgroup {
+            path: request.cgroup.path().to_owned(),
+        })
+    } else if request.netns.is_host() {
+        Err(Error::HostNetns {
+            given: request.netns.given().to_owned(),
+        })
+    } else {
+        Ok(())
+    }
+}
+
+/// The IPv6 passthrough address on the pod's `lo`, removed unless it is kept.
+struct PassthroughAddress<'a> {
+    netns: &'a Netns,
+    address: std::net::Ipv6Addr,
+    added: bool,
+    kept: bool,
+}
+
+impl<'a> PassthroughAddress<'a> {
+    fn add(request: &Request<'a>) -> Result<Self> {
+        let address = request.settings.passthrough_v6.octets.into();
+        Ok(Self {
+            netns: request.netns,
+            address,
+            added: routes::add_passthrough(request.netns, address)?,
+            kept: false,
+        })
+    }
+
+    fn keep(mut self) {
+        self.kept = true;
+    }
+}
+
+impl Drop for PassthroughAddress<'_> {
+    fn drop(&mut self) {
+        if self.added && !self.kept {
+            // The error that brought us here is the one to report.
+            let _: Result<()> = routes::remove_passthrough(self.netns, self.address);
+        }
+    }
+}

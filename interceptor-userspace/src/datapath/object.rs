@@ -1,0 +1,252 @@
+//! The kernel object: embedded in this binary, loaded once per pod.
+
+use std::os::fd::AsFd as _;
+
+use aya::{
+    Btf, Ebpf, EbpfLoader,
+    maps::{Map, MapError},
+    programs::{Program, ProgramError},
+};
+use aya_obj::generated::bpf_attach_type::{
+    self, BPF_CGROUP_GETSOCKOPT, BPF_CGROUP_INET4_CONNECT, BPF_CGROUP_INET4_GETPEERNAME,
+    BPF_CGROUP_INET6_CONNECT, BPF_CGROUP_INET6_GETPEERNAME, BPF_CGROUP_SOCK_OPS, BPF_SK_LOOKUP,
+};
+
+use super::{bpf::Link, kernel_types::Offsets};
+use crate::{Error, Result, pod::cgroup::Cgroup, pod::netns::Netns};
+
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/interceptor-ebpf"));
+
+/// The maps that are pinned, by their names.
+pub const MAPS: [&str; 7] = [
+    "ATTACHMENT",
+    "COUNTERS",
+    "HANDSHAKES",
+    "LISTENERS",
+    "ORIGINS",
+    "ROUTES",
+    "SETTINGS",
+];
+
+/// A program and where it is attached.
+#[derive(Debug)]
+pub struct Hook {
+    /// The name of the program and of its link's pin.
+    pub program: &'static str,
+    attach_type: bpf_attach_type,
+    to_netns: bool,
+}
+
+const fn cgroup_hook(program: &'static str, attach_type: bpf_attach_type) -> Hook {
+    Hook {
+        program,
+        attach_type,
+        to_netns: false,
+    }
+}
+
+/// The programs, in the order in which they are attached: connections are
+/// redirected when all that they need is there. Detaching goes the other way.
+pub const LINKS: [Hook; 7] = [
+    cgroup_hook("sock_ops", BPF_CGROUP_SOCK_OPS),
+    Hook {
+        program: "find_listener",
+        attach_type: BPF_SK_LOOKUP,
+        to_netns: true,
+    },
+    cgroup_hook("getsockopt", BPF_CGROUP_GETSOCKOPT),
+    cgroup_hook("getpeername4", BPF_CGROUP_INET4_GETPEERNAME),
+    cgroup_hook("getpeername6", BPF_CGROUP_INET6_GETPEERNAME),
+    cgroup_hook("connect4", BPF_CGROUP_INET4_CONNECT),
+    cgroup_hook("connect6", BPF_CGROUP_INET6_CONNECT),
+];
+
+/// The iterator program that finds listeners older than the attachment.
+const LISTENER_ITERATOR: &str = "register_listeners";
+
+/// aya-log's map.
+const LOGS: &str = "AYA_LOGS";
+
+/// What the kernel programs log. What is below the level is removed from the
+/// programs when they are loaded, and costs nothing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum LogLevel {
+    /// Nothing.
+    #[default]
+    Off = 0,
+    /// What must not happen.
+    Error = 1,
+    /// Connections refused, listeners not registered.
+    Warn = 2,
+    /// Listeners too.
+    Info = 3,
+    /// Every decision too.
+    Debug = 4,
+    /// All there is.
+    Trace = 5,
+}
+
+/// The object of one pod, in the kernel but attached to nothing.
+#[derive(Debug)]
+pub(crate) struct Object(Ebpf);
+
+impl Object {
+    /// Loads the programs and creates their maps.
+    pub(crate) fn load(netns_cookie: u64, log_level: LogLevel) -> Result<Self> {
+        let offsets = Offsets::of_running_kernel()?;
+        let btf = Btf::from_sys_fs().map_err(|error| Error::Load(error.into()))?;
+        let level = log_level as u8;
+        let mut loader = EbpfLoader::new();
+        loader
+            .btf(Some(&btf))
+            .override_global("NETNS_COOKIE", &netns_cookie, true)
+            .override_global("AYA_LOG_LEVEL", &level, true);
+        for (global, offset) in offsets.iter() {
+            loader.override_global(global, offset, true);
+        }
+        if log_level == LogLevel::Off {
+            // Nobody writes to it: the least that a ring buffer can have.
+            loader.map_max_entries(LOGS, page_size());
+        }
+        let mut object = Self(loader.load(OBJECT)?);
+        for program in LINKS
+            .iter()
+            .map(|hook| hook.program)
+            .chain([LISTENER_ITERATOR])
+        {
+            object
+                .load_program(program, &btf)
+                .map_err(|error| Error::Program {
+                    program,
+                    source: Box::new(error),
+                })?;
+        }
+        Ok(object)
+    }
+
+    fn load_program(&mut self, name: &str, btf: &Btf) -> Result<(), ProgramError> {
+        match self.0.program_mut(name).expect("it is in the object") {
+            Program::CgroupSockAddr(program) => program.load(),
+            Program::CgroupSockopt(program) => program.load(),
+            Program::SockOps(program) => program.load(),
+            Program::SkLookup(program) => program.load(),
+            Program::Iter(program) => program.load("tcp", btf),
+            _ => unreachable!("the object has no other programs"),
+        }
+    }
+
+    /// A map, by its name.
+    pub(crate) fn map(&self, name: &str) -> &Map {
+        self.0.map(name).expect("it is in the object")
+    }
+
+    /// A map, to write to it.
+    pub(crate) fn map_mut<'a, T: TryFrom<&'a mut Map, Error = MapError>>(
+        &'a mut self,
+        name: &'static str,
+    ) -> Result<T> {
+        self.0
+            .map_mut(name)
+            .expect("it is in the object")
+            .try_into()
+            .map_err(Error::map("opening", name))
+    }
+
+    /// Attaches one program.
+    pub(crate) fn attach(&self, hook: &Hook, cgroup: &Cgroup, netns: &Netns) -> Result<Link> {
+        let program = self
+            .0
+            .program(hook.program)
+            .expect("it is in the object")
+            .fd()
+            .map_err(|error| Error::Program {
+                program: hook.program,
+                source: Box::new(error),
+            })?;
+        let (target, name) = if hook.to_netns {
+            (
+                netns.as_fd(),
+                format!("the network namespace {}", netns.given()),
+            )
+        } else {
+            (
+                cgroup.as_fd(),
+                format!("the cgroup {}", cgroup.path().display()),
+            )
+        };
+        Link::create(program.as_fd(), target, hook.attach_type).map_err(|error| {
+            if !hook.to_netns && error.raw_os_error() == Some(libc::EPERM) {
+                let owners = exclusive_owners(cgroup, hook.attach_type);
+                if !owners.is_empty() {
+                    return Error::Exclusive {
+                        program: hook.program,
+                        target: name,
+                        owners: owners.join(", "),
+                    };
+                }
+            }
+            Error::system(format!("attaching {} to {name}", hook.program))(error)
+        })
+    }
+
+    /// Registers the proxy's listeners that exist already.
+    pub(crate) fn register_listeners(&mut self, netns: &Netns) -> Result<()> {
+        let Some(Program::Iter(iterator)) = self.0.program_mut(LISTENER_ITERATOR) else {
+            unreachable!("it is in the object")
+        };
+        let failed = |error: ProgramError| Error::Program {
+            program: LISTENER_ITERATOR,
+            source: Box::new(error),
+        };
+        let link = iterator.attach().map_err(failed)?;
+        let link = iterator.take_link(link).map_err(failed)?;
+        // The iterator walks the namespace of the thread that opens it.
+        netns.enter(|| {
+            let operation = "looking for listeners with a BPF iterator";
+            let mut file = link
+                .into_file()
+                .map_err(|error| Error::system(operation)(std::io::Error::other(error)))?;
+            std::io::copy(&mut file, &mut std::io::sink())
+                .map(drop)
+                .map_err(Error::system(operation))
+        })
+    }
+}
+
+/// Who keeps others from attaching to `cgroup`: the exclusive programs on it
+/// and above it.
+fn exclusive_owners(cgroup: &Cgroup, attach_type: bpf_attach_type) -> Vec<String> {
+    cgroup
+        .with_ancestors()
+        .filter_map(|cgroup| {
+            let (programs, exclusive) =
+                super::bpf::attached_programs(cgroup.as_fd(), attach_type).ok()?;
+            exclusive.then(|| {
+                let names: Vec<_> = programs
+                    .into_iter()
+                    .map(|id| match program_name(id) {
+                        Some(name) => format!("`{name}` (program {id})"),
+                        None => format!("program {id}"),
+                    })
+                    .collect();
+                format!("{} on {}", names.join(" and "), cgroup.path().display())
+            })
+        })
+        .collect()
+}
+
+fn program_name(id: u32) -> Option<String> {
+    aya::programs::loaded_programs()
+        .filter_map(Result::ok)
+        .find(|program| program.id() == id)?
+        .name_as_str()
+        .filter(|name| !name.is_empty())
+        .map(str::to_owned)
+}
+
+fn page_size() -> u32 {
+    // SAFETY: asks for a number.
+    let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    u32::try_from(size).unwrap_or(4096)
+}

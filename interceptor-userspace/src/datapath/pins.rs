@@ -1,0 +1,231 @@
+//! Where pins lie: a directory per pod below one root on bpffs, with the pod's
+//! maps in `maps/` and its links in `links/`.
+
+use std::{
+    fs::{self, File},
+    io,
+    path::{Path, PathBuf},
+};
+
+use nix::{
+    fcntl::{Flock, FlockArg},
+    mount::{MsFlags, mount},
+    sys::statfs::{BPF_FS_MAGIC, statfs},
+};
+
+use crate::{Error, Result, pod::PodName};
+
+/// Where pins lie if nothing else is said.
+pub const DEFAULT_ROOT: &str = "/sys/fs/bpf/interceptor";
+
+/// Where bpffs is mounted by convention.
+const BPFFS: &str = "/sys/fs/bpf";
+
+/// The root of all pins.
+#[derive(Clone, Debug)]
+pub struct Pins {
+    root: PathBuf,
+}
+
+/// Held while pins are made or removed; other processes wait.
+#[derive(Debug)]
+pub(crate) struct Lock {
+    _directory: Flock<File>,
+}
+
+impl Pins {
+    /// The pins below `root`, which need not exist yet.
+    pub fn at(root: impl Into<PathBuf>) -> Self {
+        Self { root: root.into() }
+    }
+
+    /// The root.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The directory of a pod.
+    pub fn pod(&self, pod: &PodName) -> PathBuf {
+        self.root.join(pod.as_ref())
+    }
+
+    /// The directory in which a pod's pins are made, before it is renamed. No
+    /// pod can have this name.
+    pub(crate) fn attaching(&self, pod: &PodName) -> PathBuf {
+        self.root.join(format!("{pod}+attaching"))
+    }
+
+    /// What a pod's directory is renamed to before its pins are removed.
+    pub(crate) fn detaching(&self, pod: &PodName) -> PathBuf {
+        self.root.join(format!("{pod}+detaching"))
+    }
+
+    /// The pods that have a directory.
+    ///
+    /// # Errors
+    ///
+    /// If the root can't be read.
+    pub fn pods(&self) -> Result<Vec<PodName>> {
+        let entries = match fs::read_dir(&self.root) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => {
+                return Err(Error::system(format!("reading {}", self.root.display()))(
+                    error,
+                ));
+            }
+        };
+        let mut pods: Vec<PodName> = entries
+            .filter_map(io::Result::ok)
+            .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+            .collect();
+        pods.sort();
+        Ok(pods)
+    }
+
+    /// Makes the root, mounting bpffs at `/sys/fs/bpf` if that is all that is
+    /// missing, and takes its lock.
+    pub(crate) fn lock(&self) -> Result<Lock> {
+        if self.root.starts_with(BPFFS) && !on_bpffs(Path::new(BPFFS)) {
+            mount(
+                Some("bpf"),
+                BPFFS,
+                Some("bpf"),
+                MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC,
+                Some("mode=0700"),
+            )
+            .map_err(|errno| {
+                Error::system(format!("mounting a BPF file system at {BPFFS}"))(errno.into())
+            })?;
+        }
+        fs::create_dir_all(&self.root)
+            .map_err(Error::system(format!("making {}", self.root.display())))?;
+        if !on_bpffs(&self.root) {
+            return Err(Error::NotBpffs {
+                path: self.root.clone(),
+            });
+        }
+        let directory = File::open(&self.root)
+            .map_err(Error::system(format!("opening {}", self.root.display())))?;
+        let directory = Flock::lock(directory, FlockArg::LockExclusive).map_err(|(_, errno)| {
+            Error::system(format!("locking {}", self.root.display()))(errno.into())
+        })?;
+        Ok(Lock {
+            _directory: directory,
+        })
+    }
+}
+
+impl Lock {
+    /// Removes what a process that was killed has left of `pod`.
+    pub(crate) fn remove_leftovers(&self, pins: &Pins, pod: &PodName) -> Result<()> {
+        remove(&pins.attaching(pod))?;
+        remove(&pins.detaching(pod))
+    }
+}
+
+/// Removes a directory of pins, if it is there.
+pub(crate) fn remove(directory: &Path) -> Result<()> {
+    match fs::remove_dir_all(directory) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::system(format!(
+            "removing {}",
+            directory.display()
+        ))(error)),
+        _ => Ok(()),
+    }
+}
+
+/// A directory of pins in the making: removed, unless it is kept.
+#[derive(Debug)]
+pub(crate) struct Staging {
+    directory: PathBuf,
+    kept: bool,
+}
+
+impl Staging {
+    pub(crate) fn make(directory: PathBuf) -> Result<Self> {
+        for path in [
+            &directory,
+            &directory.join("maps"),
+            &directory.join("links"),
+        ] {
+            fs::create_dir(path).map_err(Error::system(format!("making {}", path.display())))?;
+        }
+        Ok(Self {
+            directory,
+            kept: false,
+        })
+    }
+
+    pub(crate) fn map(&self, name: &str) -> PathBuf {
+        map_pin(&self.directory, name)
+    }
+
+    pub(crate) fn link(&self, name: &str) -> PathBuf {
+        link_pin(&self.directory, name)
+    }
+
+    /// Makes it what it was made for, in one step.
+    pub(crate) fn keep_as(mut self, directory: &Path) -> Result<()> {
+        fs::rename(&self.directory, directory).map_err(Error::system(format!(
+            "renaming {} to {}",
+            self.directory.display(),
+            directory.display()
+        )))?;
+        self.kept = true;
+        Ok(())
+    }
+}
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        if !self.kept {
+            // The error that brought us here is the one to report; a later
+            // attach or detach of the pod removes what stays.
+            let _: Result<()> = remove(&self.directory);
+        }
+    }
+}
+
+/// The pin of a map in a pod's directory.
+pub(crate) fn map_pin(pod: &Path, name: &str) -> PathBuf {
+    pod.join("maps").join(name)
+}
+
+/// The pin of a link in a pod's directory.
+pub(crate) fn link_pin(pod: &Path, name: &str) -> PathBuf {
+    pod.join("links").join(name)
+}
+
+fn on_bpffs(path: &Path) -> bool {
+    statfs(path).is_ok_and(|info| info.filesystem_type() == BPF_FS_MAGIC)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_directories_of_one_pod_are_no_pods_names() {
+        let pins = Pins::at("/sys/fs/bpf/x");
+        let pod: PodName = "web".parse().unwrap();
+        for directory in [pins.attaching(&pod), pins.detaching(&pod)] {
+            let name = directory.file_name().unwrap().to_str().unwrap();
+            assert!(name.parse::<PodName>().is_err(), "{name}");
+        }
+    }
+
+    #[test]
+    fn no_root_means_no_pods() {
+        let directory = tempfile::tempdir().unwrap();
+        let pins = Pins::at(directory.path().join("none"));
+        assert_eq!(pins.pods().unwrap(), []);
+    }
+
+    #[test]
+    fn another_file_system_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let error = Pins::at(directory.path()).lock().unwrap_err();
+        assert!(matches!(error, Error::NotBpffs { .. }), "{error}");
+    }
+}

@@ -1,0 +1,288 @@
+//! The pod's routes, read from the kernel: which prefixes are local (the
+//! chains' `-o lo`), and which source address leads to each.
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
+
+use futures_util::TryStreamExt as _;
+use interceptor_common::{
+    conn::Address,
+    routes::{MAX_ROUTES, Route},
+};
+use ipnet::IpNet;
+use rtnetlink::{
+    AddressMessageBuilder, Handle, RouteMessageBuilder,
+    packet_route::{
+        AddressFamily,
+        route::{RouteAddress, RouteAttribute, RouteMessage, RouteType},
+    },
+};
+
+use crate::{Error, Result, pod::netns::Netns};
+
+/// The routes of a pod, by prefix.
+pub(crate) type Routes = BTreeMap<IpNet, Route>;
+
+/// Reads the routes of `netns`.
+pub(crate) fn read(netns: &Netns) -> Result<Routes> {
+    with_netlink(netns, async |handle| {
+        let mut prefixes = BTreeMap::new();
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            let mut request = RouteMessage::default();
+            request.header.address_family = family;
+            let mut messages = Box::pin(handle.route().get(request).execute());
+            while let Some(message) = messages
+                .try_next()
+                .await
+                .map_err(failed("reading routes"))?
+            {
+                if let Some((prefix, local)) = prefix_of(&message) {
+                    // The local table comes first for the kernel.
+                    let entry = prefixes
+                        .entry(prefix)
+                        .or_insert((local, source_of(&message)));
+                    if local && !entry.0 {
+                        *entry = (true, source_of(&message));
+                    }
+                }
+            }
+        }
+        if prefixes.len() > MAX_ROUTES as usize {
+            return Err(Error::TooManyRoutes {
+                given: prefixes.len(),
+                most: MAX_ROUTES,
+            });
+        }
+        let all: Vec<IpNet> = prefixes.keys().copied().collect();
+        let mut routes = Routes::new();
+        for (prefix, (local, preferred)) in prefixes {
+            let source = match preferred {
+                Some(source) => Some(source),
+                None => match inside(&prefix, &all) {
+                    Some(destination) => ask_source(handle, destination).await,
+                    None => None,
+                },
+            };
+            routes.insert(
+                prefix,
+                Route {
+                    source: source.map_or(Address::UNSPECIFIED, Address::from),
+                    local: u32::from(local),
+                },
+            );
+        }
+        Ok(routes)
+    })
+}
+
+/// Adds the IPv6 passthrough address to `lo`, as the mesh's own tool does: the
+/// proxy can't bind to it otherwise. False if it was there, or if the
+/// namespace has no IPv6.
+pub(crate) fn add_passthrough(netns: &Netns, address: Ipv6Addr) -> Result<bool> {
+    with_netlink(netns, async |handle| {
+        let request = handle.address().add(LOOPBACK, address.into(), 128);
+        match request.execute().await {
+            Ok(()) => Ok(true),
+            Err(error)
+                if is_errno(
+                    &error,
+                    &[libc::EEXIST, libc::EACCES, libc::EOPNOTSUPP, libc::EPERM],
+                ) =>
+            {
+                Ok(false)
+            }
+            Err(error) => Err(failed(&format!("adding {address} to lo"))(error)),
+        }
+    })
+}
+
+/// Removes what [`add_passthrough`] added.
+pub(crate) fn remove_passthrough(netns: &Netns, address: Ipv6Addr) -> Result<()> {
+    with_netlink(netns, async |handle| {
+        let message = AddressMessageBuilder::<Ipv6Addr>::new()
+            .index(LOOPBACK)
+            .address(address, 128)
+            .build();
+        match handle.address().del(message).execute().await {
+            Err(error) if !is_errno(&error, &[libc::EADDRNOTAVAIL]) => {
+                Err(failed(&format!("removing {address} from lo"))(error))
+            }
+            _ => Ok(()),
+        }
+    })
+}
+
+/// The index of `lo` in every network namespace.
+const LOOPBACK: u32 = 1;
+
+/// Runs `work` with a netlink socket of the namespace.
+fn with_netlink<T: Send>(
+    netns: &Netns,
+    work: impl AsyncFnOnce(&Handle) -> Result<T> + Send,
+) -> Result<T> {
+    netns.enter(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_io()
+            .build()
+            .map_err(Error::system("starting a runtime for netlink"))?;
+        runtime.block_on(async {
+            let (connection, handle, _) =
+                rtnetlink::new_connection().map_err(Error::system("opening a netlink socket"))?;
+            let connection = tokio::spawn(connection);
+            let result = work(&handle).await;
+            connection.abort();
+            result
+        })
+    })
+}
+
+/// The prefix of a route that a connection may take, and whether it is local.
+fn prefix_of(message: &RouteMessage) -> Option<(IpNet, bool)> {
+    let local = match message.header.kind {
+        RouteType::Local => true,
+        RouteType::Unicast => false,
+        _ => return None,
+    };
+    let table = message
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            RouteAttribute::Table(table) => Some(*table),
+            _ => None,
+        })
+        .unwrap_or_else(|| u32::from(message.header.table));
+    if table != u32::from(libc::RT_TABLE_LOCAL) && table != u32::from(libc::RT_TABLE_MAIN) {
+        return None;
+    }
+    let length = message.header.destination_prefix_length;
+    let destination = message
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            RouteAttribute::Destination(RouteAddress::Inet(address)) => Some(IpAddr::V4(*address)),
+            RouteAttribute::Destination(RouteAddress::Inet6(address)) => Some(IpAddr::V6(*address)),
+            _ => None,
+        });
+    let destination = match (destination, message.header.address_family) {
+        (Some(destination), _) => destination,
+        (None, AddressFamily::Inet) => Ipv4Addr::UNSPECIFIED.into(),
+        (None, AddressFamily::Inet6) => Ipv6Addr::UNSPECIFIED.into(),
+        (None, _) => return None,
+    };
+    Some((IpNet::new(destination, length).ok()?.trunc(), local))
+}
+
+/// The source address that a route message names. A local IPv6 address is its
+/// own source (RFC 6724, section 5, rule 1).
+fn source_of(message: &RouteMessage) -> Option<IpAddr> {
+    let named = message
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            RouteAttribute::PrefSource(RouteAddress::Inet(address)) => Some(IpAddr::V4(*address)),
+            RouteAttribute::PrefSource(RouteAddress::Inet6(address)) => Some(IpAddr::V6(*address)),
+            _ => None,
+        });
+    named.or_else(|| match prefix_of(message)? {
+        (IpNet::V6(prefix), true) if prefix.prefix_len() == 128 => Some(prefix.addr().into()),
+        _ => None,
+    })
+}
+
+/// An address for which `prefix` is the longest of `all` that match.
+fn inside(prefix: &IpNet, all: &[IpNet]) -> Option<IpAddr> {
+    let candidates: Vec<IpAddr> = match prefix {
+        IpNet::V4(prefix) => probes(32 - prefix.prefix_len())
+            .map(|host| Ipv4Addr::from_bits(prefix.network().to_bits() | host as u32).into())
+            .collect(),
+        IpNet::V6(prefix) => probes(128 - prefix.prefix_len())
+            .map(|host| Ipv6Addr::from_bits(prefix.network().to_bits() | host).into())
+            .collect(),
+    };
+    candidates.into_iter().find(|candidate| {
+        !candidate.is_multicast()
+            && !candidate.is_unspecified()
+            && all
+                .iter()
+                .filter(|other| other.contains(candidate))
+                .all(|other| other.prefix_len() <= prefix.prefix_len())
+    })
+}
+
+/// Host parts of an address with `bits` host bits, spread over all of them.
+fn probes(bits: u8) -> impl Iterator<Item = u128> {
+    let one = u128::from(bits > 0);
+    (0..bits)
+        .rev()
+        .map(move |bit| (1u128 << bit) | one)
+        .chain([one, 0])
+}
+
+/// The source address that the kernel gives a socket that connects to
+/// `destination`; `None` if it has no route.
+async fn ask_source(handle: &Handle, destination: IpAddr) -> Option<IpAddr> {
+    let request = match destination {
+        IpAddr::V4(address) => RouteMessageBuilder::<Ipv4Addr>::new()
+            .destination_prefix(address, 32)
+            .build(),
+        IpAddr::V6(address) => RouteMessageBuilder::<Ipv6Addr>::new()
+            .destination_prefix(address, 128)
+            .build(),
+    };
+    let mut answers = Box::pin(handle.route().get(request).execute());
+    let answer = answers.try_next().await.ok()??;
+    source_of(&answer)
+}
+
+fn failed(operation: &str) -> impl FnOnce(rtnetlink::Error) -> Error {
+    let operation = operation.to_owned();
+    move |source| Error::Netlink {
+        operation,
+        source: Box::new(source),
+    }
+}
+
+fn is_errno(error: &rtnetlink::Error, errnos: &[i32]) -> bool {
+    matches!(error, rtnetlink::Error::NetlinkError(message)
+        if errnos.contains(&-message.raw_code()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn nets(texts: &[&str]) -> Vec<IpNet> {
+        texts.iter().map(|text| text.parse().unwrap()).collect()
+    }
+
+    #[test]
+    fn a_probe_lies_in_its_prefix_and_in_none_longer() {
+        let all = nets(&[
+            "0.0.0.0/0",
+            "10.77.0.0/24",
+            "10.77.0.2/32",
+            "10.0.0.0/8",
+            "128.0.0.0/1",
+            "::/0",
+            "fd00:77::/64",
+            "8000::/1",
+        ]);
+        for prefix in &all {
+            let probe = inside(prefix, &all).unwrap();
+            let longest = all
+                .iter()
+                .filter(|net| net.contains(&probe))
+                .max_by_key(|net| net.prefix_len())
+                .unwrap();
+            assert_eq!(longest, prefix, "{probe}");
+        }
+    }
+
+    #[test]
+    fn a_prefix_that_longer_ones_cover_has_no_probe() {
+        let all = nets(&["10.0.0.0/31", "10.0.0.0/32", "10.0.0.1/32"]);
+        assert_eq!(inside(&all[0], &all), None);
+    }
+}

@@ -1,0 +1,219 @@
+//! The library's errors: what was tried, on what, and why it failed.
+
+use std::{io, path::PathBuf};
+
+use crate::pod::PodName;
+
+/// A result with the library's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What can go wrong. The texts name the fix where there is one.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A name that can't be a directory below bpffs.
+    #[error(
+        "`{name}` can't be a pod's name: use 1 to 128 letters, digits, `-` and `_` \
+         (bpffs reserves the dot)"
+    )]
+    PodName {
+        /// The name given.
+        name: String,
+    },
+
+    /// The caller lacks a privilege.
+    #[error("needs root (CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON, CAP_SYS_ADMIN): run it with sudo")]
+    NotRoot,
+
+    /// A path that is no directory of the cgroup v2 tree.
+    #[error("{path} is not a cgroup v2 directory{why}: name the pod's directory below {mount}")]
+    NotCgroup2 {
+        /// The path given.
+        path: PathBuf,
+        /// What it is instead.
+        why: &'static str,
+        /// Where cgroup v2 is mounted.
+        mount: String,
+    },
+
+    /// The root of the cgroup tree.
+    #[error(
+        "{path} is the root cgroup, which holds every process of the machine: name the pod's \
+         own, or say --allow-host if you mean it"
+    )]
+    RootCgroup {
+        /// The path given.
+        path: PathBuf,
+    },
+
+    /// A path or process that has no network namespace.
+    #[error(
+        "{given} is no network namespace: give a path such as /run/netns/NAME or /proc/PID/ns/net, \
+         or the PID of one of the pod's processes"
+    )]
+    NotNetns {
+        /// What was given.
+        given: String,
+        /// Why it could not be opened, if that is the reason.
+        #[source]
+        source: Option<io::Error>,
+    },
+
+    /// The network namespace of the machine itself.
+    #[error(
+        "{given} is the machine's own network namespace: name the pod's, or say --allow-host if \
+         you mean it"
+    )]
+    HostNetns {
+        /// What was given.
+        given: String,
+    },
+
+    /// The kernel gives no type information.
+    #[error(
+        "the kernel has no BTF at /sys/kernel/btf/vmlinux, or it lacks {missing}: Interceptor \
+         needs a kernel built with CONFIG_DEBUG_INFO_BTF"
+    )]
+    Btf {
+        /// What was looked for.
+        missing: String,
+        /// The reader's error.
+        #[source]
+        source: Option<btf_rs::Error>,
+    },
+
+    /// A program or map that the kernel refused.
+    #[error("loading the kernel programs")]
+    Load(#[from] aya::EbpfError),
+
+    /// A program that the kernel refused.
+    #[error("loading the program {program}")]
+    Program {
+        /// The program's name.
+        program: &'static str,
+        /// The kernel's answer, with the verifier's log.
+        #[source]
+        source: Box<aya::programs::ProgramError>,
+    },
+
+    /// The programs could not be attached because another program excludes others.
+    #[error(
+        "attaching {program} to {target}: a program attached exclusively to the cgroup or one \
+         above it admits no other ({owners}): detach it, or have it attached with \
+         BPF_F_ALLOW_MULTI"
+    )]
+    Exclusive {
+        /// Our program's name.
+        program: &'static str,
+        /// The cgroup.
+        target: String,
+        /// The programs on the way, with their cgroups.
+        owners: String,
+    },
+
+    /// A system call that failed.
+    #[error("{operation}")]
+    System {
+        /// What was tried, and on what.
+        operation: String,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+
+    /// A map that could not be read or written.
+    #[error("{operation} the map {map}")]
+    Map {
+        /// What was tried.
+        operation: &'static str,
+        /// The map's name.
+        map: &'static str,
+        /// The kernel's answer.
+        #[source]
+        source: Box<aya::maps::MapError>,
+    },
+
+    /// Netlink failed.
+    #[error("{operation} through netlink")]
+    Netlink {
+        /// What was tried.
+        operation: String,
+        /// The kernel's answer.
+        #[source]
+        source: Box<rtnetlink::Error>,
+    },
+
+    /// More routes than the map holds.
+    #[error("the pod has {given} routes, more than {most}")]
+    TooManyRoutes {
+        /// How many there are.
+        given: usize,
+        /// How many there may be.
+        most: u32,
+    },
+
+    /// The pod is attached in another way.
+    #[error(
+        "the pod {pod} is attached already with another {what}: run `interceptor detach --pod \
+         {pod}` first"
+    )]
+    AttachedOtherwise {
+        /// The pod's name.
+        pod: PodName,
+        /// What differs.
+        what: &'static str,
+    },
+
+    /// Pins of which some are missing or not ours.
+    #[error(
+        "the pins of the pod {pod} below {path} are not whole ({missing}): run `interceptor \
+         detach --pod {pod}`, then attach it again"
+    )]
+    Damaged {
+        /// The pod's name.
+        pod: PodName,
+        /// Its directory.
+        path: PathBuf,
+        /// What is missing or wrong.
+        missing: String,
+    },
+
+    /// No such pod.
+    #[error(
+        "no pod {pod} is attached ({path} doesn't exist): `interceptor status` lists those that are"
+    )]
+    NotAttached {
+        /// The pod's name.
+        pod: PodName,
+        /// Its directory.
+        path: PathBuf,
+    },
+
+    /// The directory for pins can't be used.
+    #[error("{path} is not on a BPF file system: mount one with `mount -t bpf bpf /sys/fs/bpf`")]
+    NotBpffs {
+        /// The directory.
+        path: PathBuf,
+    },
+}
+
+impl Error {
+    /// A failed system call.
+    pub(crate) fn system(operation: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::System {
+            operation: operation.into(),
+            source,
+        }
+    }
+
+    /// A failed access to a map.
+    pub(crate) fn map(
+        operation: &'static str,
+        map: &'static str,
+    ) -> impl FnOnce(aya::maps::MapError) -> Self {
+        move |source| Self::Map {
+            operation,
+            map,
+            source: Box::new(source),
+        }
+    }
+}

@@ -1,0 +1,105 @@
+//! Throwaway cgroups.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::{Context, Result};
+
+use crate::command::{require_root, unique_name, wait_until};
+
+/// A directory in the cgroup v2 tree, removed when dropped, after the end of
+/// every process that is still in it.
+#[derive(Debug)]
+pub struct Cgroup {
+    path: PathBuf,
+}
+
+impl Cgroup {
+    /// Makes one below the tree's root; its name starts with `prefix`.
+    ///
+    /// # Errors
+    ///
+    /// If there is no cgroup v2 tree or the directory can't be made.
+    pub fn new(prefix: &str) -> Result<Self> {
+        require_root()?;
+        let path = Self::mount()?.join(unique_name(prefix));
+        fs::create_dir(&path).with_context(|| format!("make cgroup {}", path.display()))?;
+        Ok(Self { path })
+    }
+
+    /// Where the cgroup v2 tree is mounted.
+    ///
+    /// # Errors
+    ///
+    /// If it isn't.
+    pub fn mount() -> Result<PathBuf> {
+        let mounts = fs::read_to_string("/proc/self/mounts").context("read /proc/self/mounts")?;
+        mounts
+            .lines()
+            .filter_map(|line| {
+                let mut fields = line.split(' ').skip(1);
+                Some((fields.next()?, fields.next()?))
+            })
+            .find(|(_, kind)| *kind == "cgroup2")
+            .map(|(path, _)| PathBuf::from(path))
+            .context(
+                "no cgroup v2 tree: mount one (`mount -t cgroup2 none /sys/fs/cgroup/unified`)",
+            )
+    }
+
+    /// Its directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Opens the file into which a process writes 0 to enter.
+    ///
+    /// # Errors
+    ///
+    /// If it is gone.
+    pub fn open_procs(&self) -> Result<File> {
+        let path = self.path.join("cgroup.procs");
+        OpenOptions::new()
+            .write(true)
+            .open(&path)
+            .with_context(|| format!("open {}", path.display()))
+    }
+
+    fn remove(&self) -> Result<()> {
+        fs::write(self.path.join("cgroup.kill"), "1").context("write cgroup.kill")?;
+        // Busy until the last process is gone.
+        wait_until(
+            "its processes end",
+            Duration::from_secs(5),
+            || match remove_tree(&self.path) {
+                Ok(()) => Ok(Some(())),
+                Err(error) if error.kind() == io::ErrorKind::ResourceBusy => Ok(None),
+                Err(error) => Err(error.into()),
+            },
+        )
+    }
+}
+
+/// Removes the cgroup and those below it. (Its files go by themselves.)
+fn remove_tree(path: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(path)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            remove_tree(&entry.path())?;
+        }
+    }
+    fs::remove_dir(path)
+}
+
+impl Drop for Cgroup {
+    #[expect(clippy::print_stderr, reason = "nothing else can be told from drop")]
+    fn drop(&mut self) {
+        if let Err(error) = self.remove() {
+            eprintln!("cgroup {} stays behind: {error:#}", self.path.display());
+        }
+    }
+}

@@ -1,0 +1,53 @@
+//! Live iptables: the sidecar's chains, installed in a pod.
+
+use std::{
+    io::{Seek, Write},
+    process::Command,
+};
+
+use anyhow::{Context, Result};
+
+use crate::{command::run, pod::Pod};
+
+/// The sidecar's IPv4 chains.
+pub const RULES_V4: &str = include_str!("../oracle/seed-rules.v4");
+/// The sidecar's IPv6 chains.
+pub const RULES_V6: &str = include_str!("../oracle/seed-rules.v6");
+
+/// Which implementation of iptables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flavour {
+    /// The kernel's `ip_tables`.
+    Legacy,
+    /// On top of `nf_tables`.
+    Nft,
+}
+
+/// Installs the chains in the pod, and the address `::6` as the mesh's own
+/// tool does.
+///
+/// # Errors
+///
+/// If iptables is missing or refuses them.
+pub fn install(pod: &Pod, flavour: Flavour) -> Result<()> {
+    let flavour = match flavour {
+        Flavour::Legacy => "legacy",
+        Flavour::Nft => "nft",
+    };
+    // A client's port that is still in use by an ended connection to another
+    // destination would be renumbered: rare, but the tables have no such rows.
+    pod.sysctl("netfilter/nf_conntrack_tcp_timeout_time_wait", "1")?;
+    pod.netns().ip("-6 addr add ::6/128 dev lo")?;
+    for (command, rules) in [("iptables", RULES_V4), ("ip6tables", RULES_V6)] {
+        let mut input = tempfile::tempfile().context("make a temporary file")?;
+        input.write_all(rules.as_bytes())?;
+        input.rewind()?;
+        pod.netns().enter(|| {
+            run(Command::new(format!("{command}-{flavour}-restore"))
+                .args(["--wait", "10"])
+                .stdin(input))
+            .context("install the chains (Debian: apt-get install iptables)")
+        })?;
+    }
+    Ok(())
+}

