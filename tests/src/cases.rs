@@ -29,6 +29,9 @@ const APP_PORTS: [u16; 4] = [8080, 22, 15090, 15020];
 /// The port on which the peer listens.
 const PEER_PORT: u16 = 8080;
 
+/// The destination that a proxy can't reach.
+const CLOSED: &str = "CLOSED";
+
 /// What kind of socket connects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Family {
@@ -163,6 +166,23 @@ impl Observed {
             &self.server_getpeername,
             &self.server_getsockname,
         ]
+    }
+
+    /// The same, but a real proxy closed it because it couldn't reach the
+    /// destination: no server saw it, and whether the client still could ask
+    /// for its peer's name is chance.
+    fn closed(self) -> Self {
+        let Self {
+            served_by,
+            original_dst,
+            client_getsockname,
+            ..
+        } = self;
+        Self {
+            original_dst,
+            client_getsockname,
+            ..Self::failed(&served_by)
+        }
     }
 
     fn failed(how: &str) -> Self {
@@ -325,15 +345,19 @@ impl Row {
         let server = match destination.port() {
             PEER_PORT if at_peer => "PEER",
             port if !at_peer && APP_PORTS.contains(&port) => "APP",
-            _ => "CLOSED",
+            _ => CLOSED,
         };
-        let seen = server != "CLOSED";
-        let if_seen = |text: String| if seen { text } else { "-".to_owned() };
+        let served_by = format!("{} -> {server}", row.served_by);
         let observed = Observed {
-            served_by: format!("{} -> {server}", row.served_by),
-            server_getpeername: if_seen(any_port(SocketAddr::new(source, 0))),
-            server_getsockname: if_seen(row.original_dst.clone()),
+            served_by,
+            server_getpeername: any_port(SocketAddr::new(source, 0)),
+            server_getsockname: row.original_dst.clone(),
             ..self.observed
+        };
+        let observed = if server == CLOSED {
+            observed.closed()
+        } else {
+            observed
         };
         Self { observed, ..self }
     }
@@ -418,19 +442,8 @@ impl Bed {
     }
 
     fn observe_through(&self, case: &Case, proxy: &Proxy) -> Result<Observed> {
-        let mut attempts = 0;
-        let (position, outcome) = loop {
-            attempts += 1;
-            let position = proxy.log_position();
-            let outcome = self.connect(case)?;
-            // A proxy that gives up at once may do so before the client asks
-            // for its peer's name.
-            let too_late = matches!(&outcome, Outcome::Connected { getpeername: Err(error), .. }
-                if error == "ENOTCONN");
-            if !too_late || attempts == 50 {
-                break (position, outcome);
-            }
-        };
+        let position = proxy.log_position();
+        let outcome = self.connect(case)?;
         let observed = Observed::from(&outcome);
         let Outcome::Connected {
             getsockname: client,
@@ -440,25 +453,34 @@ impl Bed {
         else {
             return Ok(observed);
         };
-        let (destination, seen) = match served {
+        let (destination, observed) = match served {
             Ok(served) if served.getpeername.port() == client.port() => return Ok(observed),
-            Ok(served) => (served.server.as_str(), any_port(served.getpeername)),
+            Ok(served) => (
+                served.server.as_str(),
+                Observed {
+                    server_getpeername: any_port(served.getpeername),
+                    ..observed
+                },
+            ),
             Err(error) if ["CLOSED", "ECONNRESET"].contains(&error.as_str()) => {
-                ("CLOSED", "-".to_owned())
+                (CLOSED, observed.closed())
             }
-            Err(error) => (error.as_str(), "-".to_owned()),
+            Err(error) => (error.as_str(), observed),
         };
-        Ok(match proxy.logged(*client, position) {
-            Ok(logged) => Observed {
-                served_by: format!("PROXY:{} -> {destination}", logged.port),
-                original_dst: logged.original_dst.to_string(),
-                server_getpeername: seen,
-                ..observed
-            },
-            Err(error) => Observed {
-                served_by: format!("? -> {destination} ({error:#})"),
-                ..observed
-            },
+        let (served_by, original_dst) = match proxy.logged(*client, position) {
+            Ok(logged) => (
+                format!("PROXY:{} -> {destination}", logged.port),
+                logged.original_dst.to_string(),
+            ),
+            Err(error) => (
+                format!("{destination}, not logged: {error:#}"),
+                observed.original_dst.clone(),
+            ),
+        };
+        Ok(Observed {
+            served_by,
+            original_dst,
+            ..observed
         })
     }
 

@@ -18,7 +18,7 @@ use tempfile::TempDir;
 
 use crate::{
     cases::Family,
-    command::{wait_until, workspace_binary},
+    command::{run, wait_until, workspace_binary},
     pod::{Credentials, Host, Pod},
 };
 
@@ -153,7 +153,9 @@ impl Proxy {
         fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755))?;
         let original = kind.binary()?;
         let program = directory.path().join(format!("{kind:?}"));
-        fs::copy(&original, &program).with_context(|| format!("copy {}", original.display()))?;
+        // Not by this process: a fork of another thread would inherit the file,
+        // open for writing, and the kernel runs no such file.
+        run(Command::new("cp").arg(&original).arg(&program))?;
         fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
 
         let (reader, writer) = io::pipe().context("make a pipe")?;
