@@ -38,13 +38,18 @@ pub(crate) fn find_listener(ctx: SkLookupContext) -> u32 {
     if matches!(maps::route(&remote.address), Some(route) if route.local != 0) {
         from_inside(&ctx, settings, local, remote)
     } else {
-        from_outside(&ctx, settings, local)
+        from_outside(&ctx, settings, local, remote)
     }
 }
 
 /// A connection that arrives: `ISTIO_INBOUND`.
 #[inline(always)]
-fn from_outside(ctx: &SkLookupContext, settings: &Settings, local: Endpoint) -> u32 {
+fn from_outside(
+    ctx: &SkLookupContext,
+    settings: &Settings,
+    local: Endpoint,
+    remote: Endpoint,
+) -> u32 {
     let decision = inbound(
         settings,
         &InboundFacts {
@@ -56,7 +61,10 @@ fn from_outside(ctx: &SkLookupContext, settings: &Settings, local: Endpoint) -> 
     maps::count_decision(Chain::Inbound, &decision);
     debug!(
         ctx,
-        "connection to port {}: ISTIO_INBOUND rule {}", local.port, decision.rule
+        "connection from {:i} to port {}: ISTIO_INBOUND rule {}",
+        remote.address.octets,
+        local.port,
+        decision.rule
     );
     if decision.verdict == Verdict::Direct || assign(ctx, ProxyPort::Inbound, false) {
         return SK_PASS;

@@ -149,7 +149,10 @@ fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Connect {
         maps::count_decision(Chain::Output, &decision);
         debug!(
             ctx,
-            "connect to port {}: ISTIO_OUTPUT rule {}", destination.port, decision.rule
+            "connect to {:i} port {}: ISTIO_OUTPUT rule {}",
+            destination.address.octets,
+            destination.port,
+            decision.rule
         );
         decision.verdict
     };

@@ -29,6 +29,7 @@ pub(crate) fn run(args: &Args, pins: &Pins) -> anyhow::Result<()> {
     let program = view.links.first().context("no program is attached")?;
     env_logger::Builder::new()
         .filter_level(log::LevelFilter::Trace)
+        .filter_module("aya", log::LevelFilter::Warn)
         .format_target(false)
         .target(env_logger::Target::Stdout)
         .init();

@@ -4,6 +4,7 @@
 use std::{
     fs::{self, File},
     io,
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
 };
 
@@ -27,9 +28,11 @@ pub struct Pins {
     root: PathBuf,
 }
 
-/// Held while pins are made or removed; other processes wait.
+/// Held while pins are made or removed; other processes wait. The root goes
+/// with the lock if it is empty then.
 #[derive(Debug)]
 pub(crate) struct Lock {
+    root: PathBuf,
     _directory: Flock<File>,
 }
 
@@ -98,21 +101,38 @@ impl Pins {
                 Error::system(format!("mounting a BPF file system at {BPFFS}"))(errno.into())
             })?;
         }
-        fs::create_dir_all(&self.root)
-            .map_err(Error::system(format!("making {}", self.root.display())))?;
-        if !on_bpffs(&self.root) {
+        let existing = self.root.ancestors().find(|path| path.exists());
+        if !existing.is_some_and(on_bpffs) {
             return Err(Error::NotBpffs {
                 path: self.root.clone(),
             });
         }
-        let directory = File::open(&self.root)
-            .map_err(Error::system(format!("opening {}", self.root.display())))?;
-        let directory = Flock::lock(directory, FlockArg::LockExclusive).map_err(|(_, errno)| {
-            Error::system(format!("locking {}", self.root.display()))(errno.into())
-        })?;
-        Ok(Lock {
-            _directory: directory,
-        })
+        let system =
+            |operation: &str| Error::system(format!("{operation} {}", self.root.display()));
+        loop {
+            fs::create_dir_all(&self.root).map_err(system("making"))?;
+            let directory = match File::open(&self.root) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                opened => opened.map_err(system("opening"))?,
+            };
+            let directory = Flock::lock(directory, FlockArg::LockExclusive)
+                .map_err(|(_, errno)| system("locking")(errno.into()))?;
+            // Who held the lock before may have removed the directory.
+            let ours = directory.metadata().map_err(system("reading"))?.ino();
+            if fs::metadata(&self.root).is_ok_and(|current| current.ino() == ours) {
+                return Ok(Lock {
+                    root: self.root.clone(),
+                    _directory: directory,
+                });
+            }
+        }
+    }
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // Fails, as it should, as long as a pod is attached.
+        let _: io::Result<()> = fs::remove_dir(&self.root);
     }
 }
 
