@@ -18,10 +18,10 @@ mod names;
 mod origin;
 mod outbound;
 
-/// Kernel programs that read kernel structures must be under the GPL.
+/// Some helpers are only for programs under the GPL.
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]
-static LICENSE: [u8; 4] = *b"GPL\0";
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
 
 #[panic_handler]
 fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
