@@ -256,7 +256,7 @@ const PROXY_NETWORK: u32 = 0x7f0f_0100;
 /// `127.15.1.0` to `127.15.1.255`, by the low bits of `spread`.
 #[inline(always)]
 pub fn proxy_address_v4(spread: u32) -> Address {
-    Address::from_be32((PROXY_NETWORK | spread % PROXY_ADDRESSES).to_be())
+    Address::from_be32((PROXY_NETWORK | (spread % PROXY_ADDRESSES)).to_be())
 }
 
 /// Whether `address` is one of [`proxy_address_v4`]'s.
@@ -282,7 +282,7 @@ mod tests {
             Address::from_be32(u32::from_ne_bytes([10, 77, 0, 2])),
             address("10.77.0.2")
         );
-        assert_eq!(IpAddr::from(address("::ffff:10.77.0.2")).is_ipv4(), true);
+        assert!(IpAddr::from(address("::ffff:10.77.0.2")).is_ipv4());
         assert!(address("10.77.0.2").is_v4());
         assert!(!address("::10.77.0.2").is_v4());
         assert!(!address("fd00::ffff:1.2.3.4").is_v4());

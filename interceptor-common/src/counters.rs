@@ -10,6 +10,7 @@ const INBOUND_RULES: u32 = OUTPUT_RULES + Chain::Output.most_rules() as u32;
 const EVENTS: u32 = INBOUND_RULES + Chain::Inbound.most_rules() as u32;
 
 /// The size of the `COUNTERS` map.
+#[expect(clippy::cast_possible_truncation, reason = "a few dozen events")]
 pub const COUNTERS: u32 = EVENTS + Event::ALL.len() as u32;
 
 /// Something that happened beside the rules' decisions.

@@ -8,7 +8,7 @@ use aya_ebpf::{
     macros::cgroup_sockopt,
     programs::SockoptContext,
 };
-use interceptor_common::conn::{Endpoint, TCP};
+use interceptor_common::conn::{Endpoint, TCP, is_proxy_address_v4};
 
 use crate::{
     context::{SockAddrIn, SockAddrIn6, bound, read},
@@ -73,6 +73,11 @@ fn original_destination(context: *const bpf_sockopt, sk: *mut bpf_sock) -> Optio
     if local.port == 0 {
         // After a reset the socket has given its number back.
         local.port = kernel::source_port(sk);
+    }
+    if is_proxy_address_v4(&local.address) {
+        // Redirected, and forgotten for want of memory: no answer, because the
+        // proxy would connect to itself.
+        return None;
     }
     Some(local)
 }

@@ -303,9 +303,11 @@ fn connecting(ctx: &SockOpsContext) {
         warn!(ctx, "too many handshakes in flight");
         return;
     }
+    // Another program may have set flags of its own.
+    let flags = read!(ctx.ops, bpf_sock_ops_cb_flags).cast_signed() | STATE_CB_FLAG;
     // SAFETY: the program's own context.
     unsafe {
-        bpf_sock_ops_cb_flags_set(ctx.ops, STATE_CB_FLAG);
+        bpf_sock_ops_cb_flags_set(ctx.ops, flags);
     }
 }
 

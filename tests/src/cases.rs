@@ -12,6 +12,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
+use serde::Serialize;
 
 use crate::{
     agent::{Agent, Connect, Listen, Outcome},
@@ -128,7 +129,7 @@ fn v6_twin(address: IpAddr) -> Option<IpAddr> {
 /// What was seen of a connection. A client's port is written `*` (where the
 /// server sees another port than the client, that port), and `-` is what there
 /// was nothing to see of.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Observed {
     /// `APP`, `PEER`, `PROXY:` and a port, or how the connection failed;
     /// through a real proxy `PROXY:15001 -> PEER` or the like.

@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context, Result};
 
-use crate::{command::run, pod::Pod};
+use crate::{cases::Family, command::run, pod::Pod};
 
 /// The sidecar's IPv4 chains.
 pub const RULES_V4: &str = include_str!("../oracle/seed-rules.v4");
@@ -23,6 +23,15 @@ pub enum Flavour {
     Nft,
 }
 
+impl Flavour {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Legacy => "legacy",
+            Self::Nft => "nft",
+        }
+    }
+}
+
 /// Installs the chains in the pod, and the address `::6` as the mesh's own
 /// tool does.
 ///
@@ -30,10 +39,6 @@ pub enum Flavour {
 ///
 /// If iptables is missing or refuses them.
 pub fn install(pod: &Pod, flavour: Flavour) -> Result<()> {
-    let flavour = match flavour {
-        Flavour::Legacy => "legacy",
-        Flavour::Nft => "nft",
-    };
     // A client's port that is still in use by an ended connection to another
     // destination would be renumbered: rare, but the tables have no such rows.
     pod.sysctl("netfilter/nf_conntrack_tcp_timeout_time_wait", "1")?;
@@ -43,11 +48,28 @@ pub fn install(pod: &Pod, flavour: Flavour) -> Result<()> {
         input.write_all(rules.as_bytes())?;
         input.rewind()?;
         pod.netns().enter(|| {
-            run(Command::new(format!("{command}-{flavour}-restore"))
-                .args(["--wait", "10"])
-                .stdin(input))
+            run(
+                Command::new(format!("{command}-{}-restore", flavour.name()))
+                    .args(["--wait", "10"])
+                    .stdin(input),
+            )
             .context("install the chains (Debian: apt-get install iptables)")
         })?;
     }
     Ok(())
+}
+
+/// The pod's NAT chains and their counters, as `iptables-save -c` prints them.
+///
+/// # Errors
+///
+/// If iptables fails.
+pub fn save(pod: &Pod, flavour: Flavour, family: Family) -> Result<String> {
+    let command = match family {
+        Family::V4 | Family::Mapped => "iptables",
+        Family::V6 => "ip6tables",
+    };
+    pod.netns().enter(|| {
+        run(Command::new(format!("{command}-{}-save", flavour.name())).args(["-c", "-t", "nat"]))
+    })
 }

@@ -195,7 +195,8 @@ fn source_of(message: &RouteMessage) -> Option<IpAddr> {
 fn inside(prefix: &IpNet, all: &[IpNet]) -> Option<IpAddr> {
     let candidates: Vec<IpAddr> = match prefix {
         IpNet::V4(prefix) => probes(32 - prefix.prefix_len())
-            .map(|host| Ipv4Addr::from_bits(prefix.network().to_bits() | host as u32).into())
+            .filter_map(|host| u32::try_from(host).ok())
+            .map(|host| Ipv4Addr::from_bits(prefix.network().to_bits() | host).into())
             .collect(),
         IpNet::V6(prefix) => probes(128 - prefix.prefix_len())
             .map(|host| Ipv6Addr::from_bits(prefix.network().to_bits() | host).into())
