@@ -1,6 +1,8 @@
 //! What of the running kernel the programs must be told: the loader sets these
 //! read-only globals before the programs are verified.
 
+use core::{ffi::c_void, ptr::from_mut};
+
 use aya_ebpf::{
     Global,
     bindings::bpf_sock,
@@ -10,13 +12,24 @@ use aya_ebpf::{
 };
 use interceptor_common::chains::Owner;
 
-/// The cookie of the pod's network namespace (`SO_NETNS_COOKIE`).
+/// The inode of the pod's network namespace.
 #[unsafe(no_mangle)]
-pub(crate) static NETNS_COOKIE: Global<u64> = Global::new(0);
+static NETNS_INODE: Global<u32> = Global::new(0);
+
+/// Whether the kernel has `bpf_set_retval` (Linux 5.18). Where it hasn't, the
+/// verifier removes the branch.
+#[unsafe(no_mangle)]
+pub(crate) static HAS_SET_RETVAL: Global<bool> = Global::new(false);
 
 // Offsets in bytes of fields of kernel structures, from the kernel's BTF.
 #[unsafe(no_mangle)]
 static SOCK_SK_SOCKET: Global<u32> = Global::new(0);
+/// `sock_common.skc_net.net`.
+#[unsafe(no_mangle)]
+static SOCK_COMMON_SKC_NET: Global<u32> = Global::new(0);
+/// `net.ns.inum`.
+#[unsafe(no_mangle)]
+static NET_NS_INUM: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
 static SOCKET_FILE: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
@@ -47,17 +60,47 @@ unsafe fn field<T>(base: *const u8, offset: &Global<u32>) -> T {
     unsafe { base.add(offset.load() as usize).cast::<T>().read() }
 }
 
+/// A TCP socket as the kernel's own `struct tcp_sock`, which begins with a
+/// `struct sock`, which begins with a `struct sock_common`. The verifier knows
+/// its type, and those of the structures it leads to.
+#[derive(Clone, Copy)]
+pub(crate) struct TcpSock(*const u8);
+
+/// The kernel's view of the socket that a context gave; `None` if it isn't a
+/// full TCP socket.
+#[inline(always)]
+pub(crate) fn tcp_sock(sk: *mut bpf_sock) -> Option<TcpSock> {
+    // SAFETY: the verifier admits only a socket from the context, checked not
+    // to be null.
+    let sock = unsafe { bpf_skc_to_tcp_sock(sk.cast()) };
+    if sock.is_null() {
+        None
+    } else {
+        Some(TcpSock(sock.cast_const().cast()))
+    }
+}
+
+/// Whether the socket is in the pod's network namespace. A process of the pod's
+/// cgroup may be in another.
+#[inline(always)]
+pub(crate) fn in_pod(sock: TcpSock) -> bool {
+    // SAFETY: as the type promises; a socket's namespace lives as long as it.
+    let inode: u32 = unsafe {
+        let net: *const u8 = field(sock.0, &SOCK_COMMON_SKC_NET);
+        if net.is_null() {
+            return false;
+        }
+        field(net, &NET_NS_INUM)
+    };
+    inode == NETNS_INODE.load()
+}
+
 /// Who opened the file of the socket: what xt_owner compares.
 #[inline(always)]
-pub(crate) fn owner(sk: *mut bpf_sock) -> Option<Owner> {
-    // SAFETY: `sk` comes from the context; every pointer that follows is one
-    // that the verifier types by BTF, from `struct tcp_sock`, whose first
-    // member is a `struct sock`, on.
+pub(crate) fn owner(sock: TcpSock) -> Option<Owner> {
+    let sock = sock.0;
+    // SAFETY: as the type promises.
     unsafe {
-        let sock = bpf_skc_to_tcp_sock(sk.cast()).cast_const().cast::<u8>();
-        if sock.is_null() {
-            return None;
-        }
         let socket: *const u8 = field(sock, &SOCK_SK_SOCKET);
         if socket.is_null() {
             return None;
@@ -100,32 +143,54 @@ const INET_SOCK_LEN: usize = 2048;
 #[btf_map]
 static SCRATCH: PerCpuArray<[u8; INET_SOCK_LEN], 1> = PerCpuArray::new();
 
-/// The local port (host byte order) that a socket had before it was closed; 0
-/// if it can't be told. `bpf_sock.src_port` reads as zero then, but
-/// `inet_sock.inet_sport` stays.
-///
-/// This type of program has no helper that types a socket by BTF, so the
-/// socket is copied from its start.
+/// A socket in a program of a type that has no helper for [`tcp_sock`]: its
+/// bytes up to and with the field at `offset` are copied, and the field is read
+/// from the copy.
 #[inline(always)]
-pub(crate) fn source_port(sk: *mut bpf_sock) -> u16 {
-    let offset = INET_SOCK_INET_SPORT.load() as usize;
-    let Some(scratch) = SCRATCH.get_ptr_mut(0) else {
-        return 0;
-    };
-    if offset == 0 || offset > INET_SOCK_LEN - size_of::<u16>() {
-        return 0;
+fn copied_field<T: Copy>(sk: *mut bpf_sock, offset: &Global<u32>) -> Option<T> {
+    let offset = offset.load() as usize;
+    let scratch = SCRATCH.get_ptr_mut(0)?;
+    if offset > INET_SOCK_LEN - size_of::<T>() {
+        return None;
     }
     // SAFETY: the helper writes no more than the scratch's length and checks
-    // what it reads; the port is read within that length.
+    // what it reads; the field lies within what it wrote.
     unsafe {
+        #[expect(clippy::cast_possible_truncation, reason = "at most INET_SOCK_LEN")]
         let read = bpf_probe_read_kernel(
             scratch.cast(),
-            (offset + size_of::<u16>()) as u32,
+            (offset + size_of::<T>()) as u32,
             sk.cast_const().cast(),
         );
         if read != 0 {
-            return 0;
+            return None;
         }
-        u16::from_be((*scratch).as_ptr().add(offset).cast::<u16>().read())
+        Some((*scratch).as_ptr().add(offset).cast::<T>().read_unaligned())
     }
+}
+
+/// [`in_pod`] by copying.
+#[inline(always)]
+pub(crate) fn in_pod_by_copy(sk: *mut bpf_sock) -> bool {
+    let Some(net) = copied_field::<u64>(sk, &SOCK_COMMON_SKC_NET) else {
+        return false;
+    };
+    let mut inode = 0u32;
+    // SAFETY: the helper checks what it reads.
+    let read = unsafe {
+        bpf_probe_read_kernel(
+            from_mut(&mut inode).cast(),
+            size_of::<u32>() as u32,
+            (net + u64::from(NET_NS_INUM.load())) as *const c_void,
+        )
+    };
+    read == 0 && inode == NETNS_INODE.load()
+}
+
+/// The local port (host byte order) that a socket had before it was closed; 0
+/// if it can't be told. `bpf_sock.src_port` reads as zero then, but
+/// `inet_sock.inet_sport` stays.
+#[inline(always)]
+pub(crate) fn source_port(sk: *mut bpf_sock) -> u16 {
+    copied_field::<u16>(sk, &INET_SOCK_INET_SPORT).map_or(0, u16::from_be)
 }

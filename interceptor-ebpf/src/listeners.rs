@@ -1,7 +1,7 @@
 //! The proxy's listeners: registered when they start to listen, or found by
 //! an iterator when they are older than the attachment.
 
-use aya_ebpf::{helpers::generated::bpf_get_netns_cookie, programs::SockOpsContext};
+use aya_ebpf::programs::SockOpsContext;
 use aya_log_ebpf::{info, warn};
 use interceptor_common::{
     config::Settings,
@@ -37,8 +37,8 @@ pub(crate) fn listening(ctx: &SockOpsContext) {
     let Some(proxy_port) = proxy_port(settings, port) else {
         return;
     };
-    // SAFETY: the program's own context.
-    if unsafe { bpf_get_netns_cookie(ctx.ops.cast()) } != kernel::NETNS_COOKIE.load() {
+    let sk = read!(ctx.ops, __bindgen_anon_2.sk);
+    if sk.is_null() || !kernel::tcp_sock(sk).is_some_and(kernel::in_pod) {
         return;
     }
     let registered = register(proxy_port, |slot| maps::listeners::insert(slot, ctx.ops));

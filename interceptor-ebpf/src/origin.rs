@@ -4,7 +4,6 @@ use core::ptr::addr_of_mut;
 
 use aya_ebpf::{
     bindings::{bpf_sock, bpf_sockopt},
-    helpers::generated::bpf_get_netns_cookie,
     macros::cgroup_sockopt,
     programs::SockoptContext,
 };
@@ -62,11 +61,7 @@ fn original_destination(context: *const bpf_sockopt, sk: *mut bpf_sock) -> Optio
     }
     // Not redirected: where it arrived, unless conntrack has answered.
     let connected = read!(sk, dst_port) != 0 && read!(sk, state) != TCP_LISTEN;
-    if read!(context, retval) == 0
-        || !connected
-        // SAFETY: the program's own context.
-        || unsafe { bpf_get_netns_cookie(context.cast_mut().cast()) } != kernel::NETNS_COOKIE.load()
-    {
+    if read!(context, retval) == 0 || !connected || !kernel::in_pod_by_copy(sk) {
         return None;
     }
     let mut local = bound(sk);

@@ -6,8 +6,7 @@ use core::ptr::from_mut;
 use aya_ebpf::{
     bindings::{bpf_sock, bpf_sock_addr},
     helpers::generated::{
-        bpf_bind, bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_set_retval,
-        bpf_sock_ops_cb_flags_set,
+        bpf_bind, bpf_get_prandom_u32, bpf_set_retval, bpf_sock_ops_cb_flags_set,
     },
     macros::{cgroup_sock_addr, sock_ops},
     programs::{SockAddrContext, SockOpsContext},
@@ -80,9 +79,11 @@ pub(crate) fn connect6(ctx: SockAddrContext) -> i32 {
 
 #[inline(always)]
 fn refuse() -> i32 {
-    // SAFETY: sets what connect() returns instead of EPERM.
-    unsafe {
-        bpf_set_retval(-ECONNREFUSED);
+    if kernel::HAS_SET_RETVAL.load() {
+        // SAFETY: sets what connect() returns instead of EPERM.
+        unsafe {
+            bpf_set_retval(-ECONNREFUSED);
+        }
     }
     REFUSE
 }
@@ -93,13 +94,15 @@ fn refuse() -> i32 {
 /// A function of its own, with its own part of the stack, which is 512 bytes.
 #[inline(never)]
 fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Connect {
-    // SAFETY: `ctx` is the program's own context.
-    if unsafe { bpf_get_netns_cookie(ctx.sock_addr.cast()) } != kernel::NETNS_COOKIE.load() {
-        return Connect::AsAsked;
-    }
     // SAFETY: the union's only member.
     let sk = unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk };
     if sk.is_null() {
+        return Connect::AsAsked;
+    }
+    let Some(sock) = kernel::tcp_sock(sk) else {
+        return Connect::AsAsked;
+    };
+    if !kernel::in_pod(sock) {
         return Connect::AsAsked;
     }
     let Some(settings) = maps::settings() else {
@@ -143,7 +146,7 @@ fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Connect {
             source,
             destination: destination.address,
             over_loopback,
-            owner: kernel::owner(sk),
+            owner: kernel::owner(sock),
         };
         let decision = output(settings, &facts);
         maps::count_decision(Chain::Output, &decision);
@@ -322,10 +325,7 @@ fn accepted(ctx: &SockOpsContext) {
         return;
     }
     let sk = read!(ctx.ops, __bindgen_anon_2.sk);
-    // SAFETY: the program's own context.
-    if sk.is_null()
-        || unsafe { bpf_get_netns_cookie(ctx.ops.cast()) } != kernel::NETNS_COOKIE.load()
-    {
+    if sk.is_null() || !kernel::tcp_sock(sk).is_some_and(kernel::in_pod) {
         return;
     }
     let (proxy, client) = ends(ctx.ops);

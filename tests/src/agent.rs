@@ -2,7 +2,8 @@
 //!
 //! An [`Agent`] is a child process on one of the two hosts. It is told what to
 //! do in lines of JSON, so that several requests may be under way at once; the
-//! other end of the line is [`worker`].
+//! other end of the line is [`worker`]. Whole connections are made by
+//! [`Agent::connect`], and single system calls through [`calls`].
 
 use std::{
     collections::HashMap,
@@ -22,6 +23,8 @@ use crate::{
     pod::{Credentials, Host, Pod},
 };
 
+pub mod calls;
+mod sockets;
 pub mod worker;
 
 /// How long a reply may take, over what the request itself may take.
@@ -37,6 +40,8 @@ pub enum Request {
     Close(u64),
     /// Connect, and listen to what the server says.
     Connect(Connect),
+    /// Make a system call.
+    Call(calls::Call),
 }
 
 /// What an agent answers.
@@ -47,6 +52,8 @@ pub enum Reply {
     Done,
     /// How a connection went.
     Connected(Outcome),
+    /// What a system call returned.
+    Answered(calls::Answer),
 }
 
 /// A request or a reply, and which reply belongs to which request.
@@ -143,7 +150,8 @@ pub enum Outcome {
     },
 }
 
-/// What a server saw of a connection, right after it accepted it.
+/// What a server saw of a connection, right after it accepted it. IPv4
+/// addresses have their own form, whatever the socket's family.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Served {
     /// What the server calls itself.
@@ -200,11 +208,6 @@ impl Agent {
         })
     }
 
-    /// The agent's process id.
-    pub fn pid(&self) -> u32 {
-        self.child.id()
-    }
-
     /// Opens listeners.
     ///
     /// # Errors
@@ -241,7 +244,7 @@ impl Agent {
         let (_, reply) = self.send(Request::Connect(connect))?;
         match Self::receive(&reply, limit).context(what)? {
             Reply::Connected(outcome) => Ok(outcome),
-            Reply::Done => bail!("unexpected reply"),
+            other => bail!("unexpected reply {other:?}"),
         }
     }
 

@@ -326,6 +326,19 @@ impl FromStr for Row {
 }
 
 impl Row {
+    /// What is to be seen of the case while no proxy listens: what would go to
+    /// the proxy is refused.
+    #[must_use]
+    pub fn without_proxy(self) -> Self {
+        if !self.observed.served_by.starts_with("PROXY") {
+            return self;
+        }
+        Self {
+            observed: Observed::failed("REFUSED"),
+            ..self
+        }
+    }
+
     /// What is to be seen of the case through a real proxy, if the table has
     /// what a proxy saw that only says so.
     #[must_use]
@@ -383,6 +396,17 @@ impl fmt::Display for Row {
     }
 }
 
+/// How a proxy that only says what it saw listens on its two ports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Recorder {
+    /// One socket on 0.0.0.0, one on `[::]`.
+    Separate,
+    /// One socket on `[::]` for both families.
+    DualStack,
+    /// Several sockets share each address, as those of worker threads do.
+    Workers,
+}
+
 /// A pod and a peer in which the servers of the cases listen.
 #[derive(Debug)]
 pub struct Bed {
@@ -419,11 +443,23 @@ impl Bed {
     /// # Errors
     ///
     /// If the agent fails.
-    pub fn start_recorder(&self) -> Result<Agent> {
+    pub fn start_recorder(&self, recorder: Recorder) -> Result<Agent> {
         let proxy = Agent::start(&self.pod, Host::Pod)?;
         for port in [15001, 15006] {
-            let name = format!("PROXY:{port}");
-            proxy.listen(Listen::new(&name, everywhere(port)).owned_by(Credentials::PROXY))?;
+            let listen = Listen::new(&format!("PROXY:{port}"), everywhere(port))
+                .owned_by(Credentials::PROXY);
+            proxy.listen(match recorder {
+                Recorder::Separate => listen,
+                Recorder::DualStack => Listen {
+                    addresses: vec![(Ipv6Addr::UNSPECIFIED, port).into()],
+                    v6only: false,
+                    ..listen
+                },
+                Recorder::Workers => Listen {
+                    sockets: 4,
+                    ..listen
+                },
+            })?;
         }
         Ok(proxy)
     }

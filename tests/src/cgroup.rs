@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context, Result};
 
-use crate::command::{require_root, unique_name, wait_until};
+use crate::command::{require_root, wait_until};
 
 /// A directory in the cgroup v2 tree, removed when dropped, after the end of
 /// every process that is still in it.
@@ -19,14 +19,14 @@ pub struct Cgroup {
 }
 
 impl Cgroup {
-    /// Makes one below the tree's root; its name starts with `prefix`.
+    /// Makes one of this name below the tree's root.
     ///
     /// # Errors
     ///
     /// If there is no cgroup v2 tree or the directory can't be made.
-    pub fn new(prefix: &str) -> Result<Self> {
+    pub fn new(name: &str) -> Result<Self> {
         require_root()?;
-        let path = Self::mount()?.join(unique_name(prefix));
+        let path = Self::mount()?.join(name);
         fs::create_dir(&path).with_context(|| format!("make cgroup {}", path.display()))?;
         Ok(Self { path })
     }

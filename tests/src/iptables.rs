@@ -41,7 +41,8 @@ impl Flavour {
 pub fn install(pod: &Pod, flavour: Flavour) -> Result<()> {
     // A client's port that is still in use by an ended connection to another
     // destination would be renumbered: rare, but the tables have no such rows.
-    pod.sysctl("netfilter/nf_conntrack_tcp_timeout_time_wait", "1")?;
+    pod.netns()
+        .sysctl("netfilter/nf_conntrack_tcp_timeout_time_wait", "1")?;
     pod.netns().ip("-6 addr add ::6/128 dev lo")?;
     for (command, rules) in [("iptables", RULES_V4), ("ip6tables", RULES_V6)] {
         let mut input = tempfile::tempfile().context("make a temporary file")?;

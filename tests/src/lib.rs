@@ -2,9 +2,14 @@
 //! them, the chains of live iptables, and the table of cases to compare.
 
 pub mod agent;
+pub mod bpf;
 pub mod cases;
 pub mod cgroup;
+pub mod cli;
 pub mod command;
+pub mod flood;
+pub mod foreign;
+pub mod inside;
 pub mod interception;
 pub mod interpreter;
 pub mod iptables;

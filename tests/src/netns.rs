@@ -1,7 +1,7 @@
 //! Throwaway network namespaces.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     path::{Path, PathBuf},
     thread,
 };
@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context, Result, anyhow};
 use nix::sched::{CloneFlags, setns};
 
-use crate::command::{ip, require_root, unique_name};
+use crate::command::{ip, require_root};
 
 /// A named network namespace with `lo` up, removed when dropped.
 #[derive(Debug)]
@@ -18,16 +18,17 @@ pub struct Netns {
 }
 
 impl Netns {
-    /// Makes one; its name starts with `prefix`.
+    /// Makes one of this name.
     ///
     /// # Errors
     ///
     /// If `ip netns` fails.
-    pub fn new(prefix: &str) -> Result<Self> {
+    pub fn new(name: &str) -> Result<Self> {
         require_root()?;
-        let name = unique_name(prefix);
         ip(&format!("netns add {name}"))?;
-        let netns = Self { name };
+        let netns = Self {
+            name: name.to_owned(),
+        };
         netns.ip("link set lo up")?;
         Ok(netns)
     }
@@ -59,6 +60,18 @@ impl Netns {
     /// If it fails.
     pub fn ip(&self, arguments: &str) -> Result<String> {
         ip(&format!("-n {} {arguments}", self.name))
+    }
+
+    /// Sets a sysctl of the namespace; `name` is below `/proc/sys/net`.
+    ///
+    /// # Errors
+    ///
+    /// If it can't be written.
+    pub fn sysctl(&self, name: &str, value: &str) -> Result<()> {
+        self.enter(|| {
+            let path = format!("/proc/sys/net/{name}");
+            fs::write(&path, value).with_context(|| format!("write {value} to {path}"))
+        })
     }
 
     /// Runs `f` in a thread of its own that is inside the namespace.

@@ -2,14 +2,13 @@
 
 use std::{
     ffi::OsStr,
-    fs,
     io::{self, Write},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::unix::process::CommandExt,
     process::Command,
 };
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use nix::{
     sched::{CloneFlags, setns},
     sys::{prctl, signal::Signal},
@@ -17,7 +16,7 @@ use nix::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::{cgroup::Cgroup, netns::Netns};
+use crate::{cgroup::Cgroup, command::unique_name, netns::Netns};
 
 /// The pod's IPv4 address.
 pub const POD_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 77, 0, 2));
@@ -78,19 +77,23 @@ impl Pod {
     ///
     /// If a namespace, the cable or the cgroup can't be made.
     pub fn new() -> Result<Self> {
+        let name = unique_name("interceptor-pod");
         let pod = Self {
-            cgroup: Cgroup::new("interceptor-pod")?,
-            netns: Netns::new("interceptor-pod")?,
-            peer: Netns::new("interceptor-peer")?,
+            cgroup: Cgroup::new(&name)?,
+            netns: Netns::new(&name)?,
+            peer: Netns::new(&format!("{name}-peer"))?,
         };
+        for netns in [&pod.netns, &pod.peer] {
+            // No duplicate detection: IPv6 addresses work at once.
+            netns.sysctl("ipv6/conf/default/accept_dad", "0")?;
+        }
         pod.netns.ip(&format!(
             "link add eth0 type veth peer name eth0 netns {}",
             pod.peer.name()
         ))?;
         for (netns, v4, v6) in [(&pod.netns, POD_V4, POD_V6), (&pod.peer, PEER_V4, PEER_V6)] {
             netns.ip(&format!("addr add {v4}/24 dev eth0"))?;
-            // No duplicate detection: the address works at once.
-            netns.ip(&format!("addr add {v6}/64 dev eth0 nodad"))?;
+            netns.ip(&format!("addr add {v6}/64 dev eth0"))?;
             netns.ip("link set eth0 up")?;
         }
         pod.netns.ip(&format!("route add default via {PEER_V4}"))?;
@@ -159,18 +162,5 @@ impl Pod {
         // opened before; nothing allocates or takes a lock.
         unsafe { command.pre_exec(enter) };
         Ok(command)
-    }
-
-    /// Sets a sysctl of the pod's network namespace; `name` is below
-    /// `/proc/sys/net`.
-    ///
-    /// # Errors
-    ///
-    /// If it can't be written.
-    pub fn sysctl(&self, name: &str, value: &str) -> Result<()> {
-        self.netns.enter(|| {
-            let path = format!("/proc/sys/net/{name}");
-            fs::write(&path, value).with_context(|| format!("write {value} to {path}"))
-        })
     }
 }

@@ -192,11 +192,6 @@ impl Proxy {
         Ok(proxy)
     }
 
-    /// The proxy's process id.
-    pub fn pid(&self) -> u32 {
-        self.child.id()
-    }
-
     /// How many lines it has printed: where the next connection's will be.
     pub fn log_position(&self) -> usize {
         self.locked(|lines| lines.len())
@@ -284,7 +279,7 @@ fn collect(reader: PipeReader, lines: &Lines) {
     }
 }
 
-/// The address with an IPv4 address in its own form.
-fn canonical(address: SocketAddr) -> SocketAddr {
+/// The same address, IPv4 in its own form.
+pub(crate) fn canonical(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
 }

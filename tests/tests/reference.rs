@@ -3,15 +3,15 @@
 
 use anyhow::{Context, Result};
 use interceptor_tests::{
-    cases::{Bed, Case, Family, Row, assert_same, exactly, table},
+    cases::{Bed, Case, Family, Recorder, Row, assert_same, exactly, table},
     interception::Interception,
     iptables::Flavour,
     proxies::{Kind, Proxy},
 };
 
-fn live(flavour: Flavour) -> Result<()> {
+fn live(flavour: Flavour, recorder: Recorder) -> Result<()> {
     let bed = Bed::new()?;
-    let _recorder = bed.start_recorder()?;
+    let _recorder = bed.start_recorder(recorder)?;
     let _chains = Interception::Iptables(flavour).install(bed.pod())?;
     for family in Family::ALL {
         let rows = table(family)?;
@@ -23,12 +23,45 @@ fn live(flavour: Flavour) -> Result<()> {
 
 #[test]
 fn legacy_iptables_does_what_the_tables_say() -> Result<()> {
-    live(Flavour::Legacy)
+    live(Flavour::Legacy, Recorder::Separate)
 }
 
 #[test]
 fn nft_iptables_does_what_the_tables_say() -> Result<()> {
-    live(Flavour::Nft)
+    live(Flavour::Nft, Recorder::Separate)
+}
+
+#[test]
+fn a_dual_stack_proxy_makes_no_difference() -> Result<()> {
+    live(Flavour::Nft, Recorder::DualStack)
+}
+
+#[test]
+fn without_a_proxy_its_connections_are_refused() -> Result<()> {
+    let bed = Bed::new()?;
+    let _chains = Interception::Iptables(Flavour::Nft).install(bed.pod())?;
+    for family in Family::ALL {
+        let rows: Vec<Row> = table(family)?.into_iter().map(Row::without_proxy).collect();
+        assert_same(&rows, &bed.observe_all(&rows, None)?, exactly)
+            .with_context(|| format!("{family}"))?;
+    }
+    Ok(())
+}
+
+/// The suite would notice if nothing intercepted.
+#[test]
+fn without_chains_no_redirected_row_is_the_same() -> Result<()> {
+    let bed = Bed::new()?;
+    let _recorder = bed.start_recorder(Recorder::Separate)?;
+    for family in Family::ALL {
+        let rows = table(family)?;
+        for (expected, observed) in rows.iter().zip(bed.observe_all(&rows, None)?) {
+            if expected.observed.served_by.starts_with("PROXY") {
+                assert_ne!(*expected, observed, "{family}");
+            }
+        }
+    }
+    Ok(())
 }
 
 /// What is expected through a real proxy, [`Row::through_proxy`], is what there

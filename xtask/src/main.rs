@@ -1,2 +1,51 @@
-//! x
-fn main() {}
+//! The workspace's own commands: `cargo xtask --help`.
+#![expect(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "a program for people"
+)]
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+mod compile;
+mod lint;
+mod process;
+mod run;
+mod setup;
+mod test;
+
+/// Interceptor's own commands. Each installs what it needs and doesn't find.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Install all that the other commands need
+    Setup,
+    /// Build the `interceptor` program for release, and print its path
+    Build,
+    /// Show Interceptor at work in a throwaway pod (needs root)
+    Run(run::Args),
+    /// Run the tests (pod and all need root)
+    Test(test::Args),
+    /// Check the format, the lints and the documentation
+    Lint,
+}
+
+fn main() -> Result<ExitCode> {
+    match Args::parse().command {
+        Command::Setup => setup::ensure(setup::ALL)?,
+        Command::Build => println!("{}", compile::release()?.display()),
+        Command::Run(args) => run::run(&args)?,
+        Command::Test(args) => return test::run(&args),
+        Command::Lint => lint::run()?,
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -71,7 +71,7 @@ pub fn attach(pins: &Pins, request: &Request<'_>) -> Result<Attached> {
 
     let passthrough = PassthroughAddress::add(request)?;
     let routes = routes::read(request.netns)?;
-    let mut object = Object::load(request.netns.cookie()?, request.log_level)?;
+    let mut object = Object::load(request.netns.id(), request.log_level)?;
     fill(&mut object, request, passthrough.added, &routes)?;
 
     let staging = Staging::make(pins.attaching(request.pod))?;

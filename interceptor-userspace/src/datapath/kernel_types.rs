@@ -12,8 +12,11 @@ const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
 #[derive(Debug)]
 pub(crate) struct Offsets(Vec<(&'static str, u32)>);
 
-/// The fields: the global's name, the structure and the member.
-const FIELDS: [(&str, &str, &str); 8] = [
+/// The fields: the global's name, the structure, and the member or the members
+/// on the way to it.
+const FIELDS: [(&str, &str, &str); 10] = [
+    ("SOCK_COMMON_SKC_NET", "sock_common", "skc_net.net"),
+    ("NET_NS_INUM", "net", "ns.inum"),
     ("SOCK_SK_SOCKET", "sock", "sk_socket"),
     ("SOCKET_FILE", "socket", "file"),
     ("FILE_F_CRED", "file", "f_cred"),
@@ -53,35 +56,57 @@ impl Offsets {
     }
 }
 
-fn offset(btf: &Btf, structure: &str, member: &str) -> Result<Option<u32>, btf_rs::Error> {
-    for candidate in btf.resolve_types_by_name(structure)? {
-        if let Type::Struct(candidate) = candidate
-            && let Some(bits) = bit_offset(btf, &candidate.members, member)?
-        {
-            return Ok(Some(bits / 8));
+/// The offset in bytes of a member, or of a member's member (`a.b`).
+fn offset(btf: &Btf, structure: &str, path: &str) -> Result<Option<u32>, btf_rs::Error> {
+    'candidates: for candidate in btf.resolve_types_by_name(structure)? {
+        let mut bits = 0;
+        let mut current = candidate;
+        for member in path.split('.') {
+            let Type::Struct(structure) = current else {
+                continue 'candidates;
+            };
+            let Some((offset, member)) = find(btf, &structure.members, member)? else {
+                continue 'candidates;
+            };
+            bits += offset;
+            current = resolve(btf, &member)?;
         }
+        return Ok(Some(bits / 8));
     }
     Ok(None)
 }
 
-/// The offset of a member, also within anonymous structs and unions.
-fn bit_offset(
+/// The type of a member, behind its typedefs and qualifiers.
+fn resolve(btf: &Btf, member: &btf_rs::Member) -> Result<Type, btf_rs::Error> {
+    let mut current = btf.resolve_chained_type(member)?;
+    loop {
+        current = match current {
+            Type::Typedef(inner) => btf.resolve_chained_type(&inner)?,
+            Type::Volatile(inner) => btf.resolve_chained_type(&inner)?,
+            Type::Const(inner) => btf.resolve_chained_type(&inner)?,
+            other => return Ok(other),
+        };
+    }
+}
+
+/// A member and its offset in bits, also within anonymous structs and unions.
+fn find(
     btf: &Btf,
     members: &[btf_rs::Member],
     wanted: &str,
-) -> Result<Option<u32>, btf_rs::Error> {
+) -> Result<Option<(u32, btf_rs::Member)>, btf_rs::Error> {
     for member in members {
         let anonymous = member.get_name_offset().is_none_or(|offset| offset == 0);
         if !anonymous && btf.resolve_name(member)? == wanted {
-            return Ok(Some(member.bit_offset()));
+            return Ok(Some((member.bit_offset(), member.clone())));
         }
         if anonymous {
-            let inner = match btf.resolve_chained_type(member)? {
-                Type::Struct(inner) | Type::Union(inner) => inner,
-                _ => continue,
+            let (Type::Struct(inner) | Type::Union(inner)) = btf.resolve_chained_type(member)?
+            else {
+                continue;
             };
-            if let Some(offset) = bit_offset(btf, &inner.members, wanted)? {
-                return Ok(Some(member.bit_offset() + offset));
+            if let Some((offset, found)) = find(btf, &inner.members, wanted)? {
+                return Ok(Some((member.bit_offset() + offset, found)));
             }
         }
     }

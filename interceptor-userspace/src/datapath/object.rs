@@ -5,7 +5,8 @@ use std::os::fd::AsFd as _;
 use aya::{
     Btf, Ebpf, EbpfLoader,
     maps::{Map, MapError},
-    programs::{Program, ProgramError},
+    programs::{Program, ProgramError, ProgramType},
+    sys::{BpfHelper, is_helper_supported},
 };
 use aya_obj::generated::bpf_attach_type::{
     self, BPF_CGROUP_GETSOCKOPT, BPF_CGROUP_INET4_CONNECT, BPF_CGROUP_INET4_GETPEERNAME,
@@ -13,7 +14,13 @@ use aya_obj::generated::bpf_attach_type::{
 };
 
 use super::{bpf::Link, kernel_types::Offsets};
-use crate::{Error, Result, pod::cgroup::Cgroup, pod::netns::Netns};
+use crate::{
+    Error, Result,
+    pod::{
+        cgroup::Cgroup,
+        netns::{Netns, NetnsId},
+    },
+};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/interceptor-ebpf"));
 
@@ -93,14 +100,21 @@ pub(crate) struct Object(Ebpf);
 
 impl Object {
     /// Loads the programs and creates their maps.
-    pub(crate) fn load(netns_cookie: u64, log_level: LogLevel) -> Result<Self> {
+    pub(crate) fn load(netns: NetnsId, log_level: LogLevel) -> Result<Self> {
         let offsets = Offsets::of_running_kernel()?;
         let btf = Btf::from_sys_fs().map_err(|error| Error::Load(error.into()))?;
         let level = log_level as u8;
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "an unsigned int in the kernel"
+        )]
+        let netns_inode = netns.inode as u32;
+        let has_set_retval = u8::from(has_set_retval());
         let mut loader = EbpfLoader::new();
         loader
             .btf(Some(&btf))
-            .override_global("NETNS_COOKIE", &netns_cookie, true)
+            .override_global("NETNS_INODE", &netns_inode, true)
+            .override_global("HAS_SET_RETVAL", &has_set_retval, true)
             .override_global("AYA_LOG_LEVEL", &level, true);
         for (global, offset) in offsets.iter() {
             loader.override_global(global, offset, true);
@@ -243,6 +257,12 @@ fn program_name(id: u32) -> Option<String> {
         .name_as_str()
         .filter(|name| !name.is_empty())
         .map(str::to_owned)
+}
+
+/// Whether connect programs can say with which error connect() fails.
+fn has_set_retval() -> bool {
+    is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_set_retval)
+        .unwrap_or(false)
 }
 
 fn page_size() -> u32 {

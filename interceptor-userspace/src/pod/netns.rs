@@ -4,7 +4,7 @@ use std::{
     fs::{self, File},
     io,
     os::{
-        fd::{AsFd, AsRawFd as _, BorrowedFd},
+        fd::{AsFd, BorrowedFd},
         unix::fs::MetadataExt as _,
     },
     panic,
@@ -12,10 +12,7 @@ use std::{
     thread,
 };
 
-use nix::{
-    sched::{CloneFlags, setns},
-    sys::socket::{AddressFamily, SockFlag, SockType, socket},
-};
+use nix::sched::{CloneFlags, setns};
 
 use crate::{Error, Result};
 
@@ -138,47 +135,6 @@ impl Netns {
                 })
                 .join()
                 .unwrap_or_else(|payload| panic::resume_unwind(payload))
-        })
-    }
-
-    /// The namespace's cookie, which the kernel programs compare with
-    /// (`SO_NETNS_COOKIE`, Linux 5.14).
-    ///
-    /// # Errors
-    ///
-    /// If the kernel does not tell.
-    pub fn cookie(&self) -> Result<u64> {
-        self.enter(|| {
-            let ask = || -> io::Result<u64> {
-                let socket = socket(
-                    AddressFamily::Inet,
-                    SockType::Datagram,
-                    SockFlag::SOCK_CLOEXEC,
-                    None,
-                )?;
-                let mut cookie = 0u64;
-                #[expect(clippy::cast_possible_truncation, reason = "8")]
-                let mut length = size_of::<u64>() as libc::socklen_t;
-                // SAFETY: the option's value is a u64, and both pointers are
-                // to locals that outlive the call.
-                let result = unsafe {
-                    libc::getsockopt(
-                        socket.as_raw_fd(),
-                        libc::SOL_SOCKET,
-                        libc::SO_NETNS_COOKIE,
-                        (&raw mut cookie).cast(),
-                        &raw mut length,
-                    )
-                };
-                if result == 0 {
-                    Ok(cookie)
-                } else {
-                    Err(io::Error::last_os_error())
-                }
-            };
-            ask().map_err(Error::system(
-                "asking for the network namespace's cookie (SO_NETNS_COOKIE, Linux 5.14)",
-            ))
         })
     }
 }

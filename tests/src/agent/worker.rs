@@ -6,16 +6,30 @@ use std::{
     net::{Ipv6Addr, Shutdown, SocketAddr},
     sync::{Arc, Mutex},
     thread::{self, JoinHandle},
+    time::Duration,
 };
 
 use anyhow::{Context, Result};
-use nix::errno::Errno;
+use nix::{
+    errno::Errno,
+    unistd::{setfsgid, setfsuid},
+};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use super::{Connect, Listen, Numbered, Outcome, Reply, Request, Served, lock};
-use crate::pod::Credentials;
+use super::{
+    Connect, Listen, Numbered, Outcome, Reply, Request, Served,
+    calls::{Actor, payload},
+    lock,
+    sockets::Sockets,
+};
+use crate::{pod::Credentials, proxies::canonical};
 
-type Listeners = Arc<Mutex<HashMap<u64, Vec<Listener>>>>;
+/// What outlives a request, each by the id of the request that made it.
+#[derive(Clone, Default)]
+struct State {
+    listeners: Arc<Mutex<HashMap<u64, Vec<Listener>>>>,
+    sockets: Sockets,
+}
 
 /// A listening socket and the thread that accepts from it.
 struct Listener {
@@ -29,14 +43,14 @@ struct Listener {
 ///
 /// If a line is no request.
 pub fn run() -> Result<()> {
-    let listeners = Listeners::default();
+    let state = State::default();
     for line in io::stdin().lines() {
         let line = line.context("read a request")?;
         let Numbered { id, body } =
             serde_json::from_str(&line).with_context(|| format!("parse the request {line}"))?;
-        let listeners = Arc::clone(&listeners);
+        let state = state.clone();
         thread::spawn(move || {
-            let reply = serve(id, body, &listeners).map_err(|error| format!("{error:#}"));
+            let reply = serve(id, body, &state).map_err(|error| format!("{error:#}"));
             // Fails only when nobody reads: the end is near.
             let _ = answer(&Numbered { id, body: reply });
         });
@@ -52,15 +66,17 @@ fn answer(reply: &Numbered<Result<Reply, String>>) -> Result<()> {
     Ok(())
 }
 
-fn serve(id: u64, request: Request, listeners: &Listeners) -> Result<Reply> {
+fn serve(id: u64, request: Request, state: &State) -> Result<Reply> {
     match request {
         Request::Listen(request) => {
             let opened = listen(&request)?;
-            lock(listeners).insert(id, opened);
+            lock(&state.listeners).insert(id, opened);
             Ok(Reply::Done)
         }
         Request::Close(id) => {
-            let closed = lock(listeners).remove(&id).context("no such listener")?;
+            let closed = lock(&state.listeners)
+                .remove(&id)
+                .context("no such listener")?;
             for Listener { socket, accepting } in closed {
                 // Ends accept(); the socket closes with its last owner.
                 socket.shutdown(Shutdown::Both).context("shut down")?;
@@ -69,6 +85,7 @@ fn serve(id: u64, request: Request, listeners: &Listeners) -> Result<Reply> {
             Ok(Reply::Done)
         }
         Request::Connect(request) => connect(&request).map(Reply::Connected),
+        Request::Call(call) => state.sockets.make(id, call).map(Reply::Answered),
     }
 }
 
@@ -86,7 +103,7 @@ fn listen(request: &Listen) -> Result<Vec<Listener>> {
         }
         Ok(sockets)
     };
-    let sockets = as_owner(request.owner, open)??;
+    let sockets = as_actor(request.owner, open)??;
     Ok(sockets
         .into_iter()
         .map(|socket| {
@@ -143,8 +160,8 @@ fn look(name: &str, socket: &Socket, peer: SocketAddr) -> Result<Served> {
         original_dst: original_dst
             .map_err(|error| error_name(&error))
             .and_then(|address| address.as_socket().ok_or_else(|| "no address".to_owned())),
-        getpeername: peer,
-        getsockname: local_address(socket)?,
+        getpeername: canonical(peer),
+        getsockname: canonical(local_address(socket)?),
     })
 }
 
@@ -160,7 +177,7 @@ fn tell_and_echo(mut socket: &Socket, served: &Served) {
 }
 
 fn connect(request: &Connect) -> Result<Outcome> {
-    let opened = as_owner(request.owner, || open_connection(request))?;
+    let opened = as_actor(request.owner, || open_connection(request))?;
     let (socket, getpeername) = match opened {
         Ok(opened) => opened,
         Err(error) => return Ok(Outcome::Failed(error_name(&error))),
@@ -169,7 +186,8 @@ fn connect(request: &Connect) -> Result<Outcome> {
     Ok(Outcome::Connected {
         getsockname,
         getpeername,
-        served: converse(&socket, request).map_err(|error| error_name(&error)),
+        served: converse(&socket, request.timeout, 0, request.payload)
+            .map_err(|error| error_name(&error)),
     })
 }
 
@@ -194,14 +212,20 @@ fn open_connection(request: &Connect) -> io::Result<(Socket, Result<SocketAddr, 
     Ok((socket, peer))
 }
 
-/// Sends the payload, and reads the server's line and the echo.
-fn converse(socket: &Socket, request: &Connect) -> io::Result<Served> {
-    socket.set_read_timeout(Some(request.timeout))?;
-    let payload: Vec<u8> = (0..=u8::MAX).cycle().take(request.payload).collect();
+/// Sends the payload but for what is `sent`, and reads the server's line and
+/// the echo.
+pub(super) fn converse(
+    socket: &Socket,
+    limit: Duration,
+    sent: usize,
+    length: usize,
+) -> io::Result<Served> {
+    socket.set_read_timeout(Some(limit))?;
+    let payload = payload(length);
     thread::scope(|scope| {
         let sending = scope.spawn(|| {
             let mut writer = socket;
-            writer.write_all(&payload)?;
+            writer.write_all(&payload[sent..])?;
             socket.shutdown(Shutdown::Write)
         });
         let mut reader = BufReader::new(socket);
@@ -235,7 +259,7 @@ fn tcp_socket(address: SocketAddr) -> io::Result<Socket> {
     )
 }
 
-fn local_address(socket: &Socket) -> Result<SocketAddr> {
+pub(super) fn local_address(socket: &Socket) -> Result<SocketAddr> {
     socket
         .local_addr()
         .context("getsockname")?
@@ -244,7 +268,7 @@ fn local_address(socket: &Socket) -> Result<SocketAddr> {
 }
 
 /// `REFUSED`, `TIMEOUT`, or the errno's name.
-fn error_name(error: &io::Error) -> String {
+pub(super) fn error_name(error: &io::Error) -> String {
     match error.raw_os_error().map(Errno::from_raw) {
         Some(Errno::ECONNREFUSED) => "REFUSED".to_owned(),
         // A blocking connect() that SO_SNDTIMEO bounds ends with EINPROGRESS.
@@ -256,33 +280,57 @@ fn error_name(error: &io::Error) -> String {
 }
 
 /// Runs `f` in a thread of its own that has these credentials.
-fn as_owner<T: Send + 'static>(owner: Credentials, f: impl FnOnce() -> T + Send) -> Result<T> {
+pub(super) fn as_actor<T: Send>(
+    actor: impl Into<Actor>,
+    f: impl FnOnce() -> T + Send,
+) -> Result<T> {
+    let actor = actor.into();
     thread::scope(|scope| {
         scope
             .spawn(move || {
-                become_owner(owner).with_context(|| format!("become {owner:?}"))?;
+                become_actor(actor).with_context(|| format!("become {actor:?}"))?;
                 Ok(f())
             })
             .join()
-            .unwrap_or_else(|_| Err(anyhow::anyhow!("panic as {owner:?}")))
+            .unwrap_or_else(|_| Err(anyhow::anyhow!("panic as {actor:?}")))
     })
 }
 
 /// Changes the credentials of the calling thread alone.
-fn become_owner(owner: Credentials) -> io::Result<()> {
-    let Credentials { uid, gid } = owner;
-    // The C library's functions of these names change every thread.
-    // SAFETY: these calls take numbers, and for no groups a null list.
-    let results = unsafe {
-        [
-            libc::syscall(libc::SYS_setgroups, 0, std::ptr::null::<libc::gid_t>()),
-            libc::syscall(libc::SYS_setresgid, gid, gid, gid),
-            libc::syscall(libc::SYS_setresuid, uid, uid, uid),
-        ]
+fn become_actor(actor: Actor) -> io::Result<()> {
+    let Actor {
+        real,
+        effective,
+        filesystem,
+    } = actor;
+    let set = |number: libc::c_long, real: u32, effective: u32| {
+        // The C library's functions of these names change every thread.
+        // SAFETY: these calls take numbers; no groups may be a null list.
+        match unsafe { libc::syscall(number, real, effective, effective) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
     };
-    if results == [0; 3] {
+    // SAFETY: as above.
+    let no_groups = unsafe { libc::syscall(libc::SYS_setgroups, 0, std::ptr::null::<u32>()) };
+    if no_groups != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    set(libc::SYS_setresgid, real.gid, effective.gid)?;
+    // Before the uid: who isn't root may choose few others. (A thread's own in
+    // the C library, too.)
+    setfsgid(filesystem.gid.into());
+    set(libc::SYS_setresuid, real.uid, effective.uid)?;
+    setfsuid(filesystem.uid.into());
+    // They report no failure, but what the ids were; the invalid id sets none.
+    let invalid = u32::MAX;
+    let now = Credentials {
+        uid: setfsuid(invalid.into()).as_raw(),
+        gid: setfsgid(invalid.into()).as_raw(),
+    };
+    if now == filesystem {
         Ok(())
     } else {
-        Err(io::Error::last_os_error())
+        Err(io::Error::other(format!("filesystem ids are {now:?}")))
     }
 }

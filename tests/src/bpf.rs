@@ -1,0 +1,171 @@
+//! Calls of bpf(2): what the suites ask of the kernel itself.
+
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
+};
+
+use anyhow::{Context, Result};
+use aya_obj::generated::{bpf_attr, bpf_cmd, bpf_prog_info};
+
+use crate::command::wait_until;
+
+/// How long the kernel may take to free what nobody holds any more: it waits
+/// for RCU grace periods and frees from a queue.
+const FREED_WITHIN: std::time::Duration = std::time::Duration::from_secs(20);
+
+/// A kind of object of which the kernel keeps a list.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    /// Programs.
+    Program,
+    /// Maps.
+    Map,
+    /// Links.
+    Link,
+}
+
+/// An object on one of the kernel's lists.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Id(pub Kind, pub u32);
+
+impl Id {
+    /// Opens the object; an error (`ENOENT`) if it is gone.
+    ///
+    /// # Errors
+    ///
+    /// If it can't be opened.
+    pub fn open(self) -> io::Result<OwnedFd> {
+        let command = match self.0 {
+            Kind::Program => bpf_cmd::BPF_PROG_GET_FD_BY_ID,
+            Kind::Map => bpf_cmd::BPF_MAP_GET_FD_BY_ID,
+            Kind::Link => bpf_cmd::BPF_LINK_GET_FD_BY_ID,
+        };
+        let mut attr = zeroed();
+        attr.__bindgen_anon_6.__bindgen_anon_1.start_id = self.1;
+        bpf_fd(command, &mut attr)
+    }
+
+    fn exists(self) -> Result<bool> {
+        match self.open() {
+            Ok(_) => Ok(true),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+            Err(error) => Err(error).with_context(|| format!("open {self:?}")),
+        }
+    }
+}
+
+/// All objects of a kind, whoever's they are.
+///
+/// # Errors
+///
+/// If the kernel doesn't tell.
+pub fn list(kind: Kind) -> Result<Vec<Id>> {
+    let command = match kind {
+        Kind::Program => bpf_cmd::BPF_PROG_GET_NEXT_ID,
+        Kind::Map => bpf_cmd::BPF_MAP_GET_NEXT_ID,
+        Kind::Link => bpf_cmd::BPF_LINK_GET_NEXT_ID,
+    };
+    let mut ids = Vec::new();
+    let mut attr = zeroed();
+    loop {
+        match bpf(command, &mut attr) {
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(ids),
+            result => result.with_context(|| format!("list the kernel's objects ({kind:?})"))?,
+        };
+        // SAFETY: the union's member that this command writes.
+        let id = unsafe { attr.__bindgen_anon_6.next_id };
+        ids.push(Id(kind, id));
+        attr.__bindgen_anon_6.__bindgen_anon_1.start_id = id;
+    }
+}
+
+/// The maps that a program uses.
+///
+/// # Errors
+///
+/// If the program is gone.
+pub fn maps_of(program: u32) -> Result<Vec<Id>> {
+    let mut ids = [0u32; 64];
+    let fd = Id(Kind::Program, program).open()?;
+    let info = program_info(fd.as_fd(), &mut ids)?;
+    Ok(ids[..info.nr_map_ids as usize]
+        .iter()
+        .map(|id| Id(Kind::Map, *id))
+        .collect())
+}
+
+/// What the kernel says of a program; the ids of its maps go to `map_ids`.
+pub(crate) fn program_info(
+    program: BorrowedFd<'_>,
+    map_ids: &mut [u32; 64],
+) -> io::Result<bpf_prog_info> {
+    // SAFETY: all zero is a valid value of this plain struct.
+    let mut info: bpf_prog_info = unsafe { std::mem::zeroed() };
+    info.map_ids = map_ids.as_mut_ptr().addr() as u64;
+    info.nr_map_ids = 64;
+    let mut attr = zeroed();
+    attr.info.bpf_fd = number(program);
+    #[expect(clippy::cast_possible_truncation, reason = "a small struct")]
+    {
+        attr.info.info_len = size_of::<bpf_prog_info>() as u32;
+    }
+    attr.info.info = (&raw mut info).addr() as u64;
+    bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attr)?;
+    Ok(info)
+}
+
+/// Waits until none of these objects exists any more.
+///
+/// # Errors
+///
+/// If some still do after a while: the error names them.
+pub fn wait_until_gone(objects: &[Id]) -> Result<()> {
+    let mut left = objects.to_vec();
+    wait_until("the kernel frees the objects", FREED_WITHIN, || {
+        let mut still = Vec::new();
+        for id in &left {
+            if id.exists()? {
+                still.push(*id);
+            }
+        }
+        left = still;
+        Ok(left.is_empty().then_some(()))
+    })
+    .with_context(|| format!("still there: {left:?}"))
+}
+
+/// Calls bpf(2).
+pub(crate) fn bpf(command: bpf_cmd, attr: &mut bpf_attr) -> io::Result<i32> {
+    // SAFETY: the attributes are of the size given; what they point to lives
+    // as long as the callers' locals.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            command as libc::c_int,
+            std::ptr::from_mut(attr),
+            size_of::<bpf_attr>(),
+        )
+    };
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        i32::try_from(result).map_err(io::Error::other)
+    }
+}
+
+/// Calls bpf(2) for a command that returns a new descriptor.
+pub(crate) fn bpf_fd(command: bpf_cmd, attr: &mut bpf_attr) -> io::Result<OwnedFd> {
+    let fd = bpf(command, attr)?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+pub(crate) fn zeroed() -> bpf_attr {
+    // SAFETY: all zero is what the kernel expects of fields that aren't set.
+    unsafe { std::mem::zeroed() }
+}
+
+pub(crate) fn number(fd: BorrowedFd<'_>) -> u32 {
+    fd.as_raw_fd().cast_unsigned()
+}

@@ -1,0 +1,121 @@
+//! Debian's packages.
+
+use std::process::Command;
+
+use anyhow::{Result, bail};
+
+use crate::process::{command, find, is_root, output, step};
+
+/// Whether this machine has Debian's package manager.
+pub(super) fn is_here() -> bool {
+    find("apt-get").is_some()
+}
+
+/// Which of the packages can't be installed; the lists are fetched if need be.
+///
+/// # Errors
+///
+/// If apt fails.
+pub(super) fn unknown<'a>(packages: &[&'a str]) -> Result<Vec<&'a str>> {
+    let mut missing = lacking(packages)?;
+    if !missing.is_empty() && is_root() {
+        update()?;
+        missing = lacking(packages)?;
+    }
+    Ok(missing)
+}
+
+/// Installs the packages, and removes none for them.
+///
+/// # Errors
+///
+/// If this machine has no apt, this isn't root's process, or apt fails; the
+/// error says what to do.
+pub(super) fn install(packages: &[&str]) -> Result<()> {
+    let names = packages.join(" ");
+    if !is_here() {
+        bail!("install what Debian has as {names}; there is no apt-get here to do it");
+    }
+    if !is_root() {
+        bail!("run: sudo apt-get install --no-install-recommends {names}");
+    }
+    let missing = unknown(packages)?;
+    if !missing.is_empty() {
+        bail!("apt-get knows no {} here", missing.join(" "));
+    }
+    let what = format!("apt-get install {names}");
+    step(&what, &mut installation(packages)).or_else(|_| {
+        // The lists may be too old: what they name is gone.
+        update()?;
+        step(&what, &mut installation(packages))
+    })
+}
+
+fn installation(packages: &[&str]) -> Command {
+    let mut command = command("apt-get");
+    command
+        .args(["install", "--yes", "--quiet", "--no-install-recommends"])
+        .args(["--no-remove", "-o", "DPkg::Lock::Timeout=120"])
+        .args(packages)
+        .env("DEBIAN_FRONTEND", "noninteractive");
+    command
+}
+
+fn update() -> Result<()> {
+    step("apt-get update", command("apt-get").arg("update"))
+}
+
+fn lacking<'a>(packages: &[&'a str]) -> Result<Vec<&'a str>> {
+    let policy = output(
+        command("apt-cache")
+            .arg("policy")
+            .args(packages)
+            .env("LC_ALL", "C"),
+    )?;
+    let known = candidates(&policy);
+    Ok(packages
+        .iter()
+        .copied()
+        .filter(|package| !known.contains(package))
+        .collect())
+}
+
+/// The packages that `apt-cache policy` names a version of.
+fn candidates(policy: &str) -> Vec<&str> {
+    let mut known = Vec::new();
+    let mut package = "";
+    for line in policy.lines() {
+        if let Some(version) = line.strip_prefix("  Candidate: ") {
+            if version != "(none)" {
+                known.push(package);
+            }
+        } else if let (Some(name), false) = (line.strip_suffix(':'), line.starts_with(' ')) {
+            package = name;
+        }
+    }
+    known
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_package_without_a_version_cannot_be_installed() {
+        let policy = "\
+iptables:
+  Installed: (none)
+  Candidate: 1.8.9-2
+  Version table:
+     1.8.9-2 500
+rustc-web:
+  Installed: (none)
+  Candidate: (none)
+  Version table:
+bpftool:
+  Installed: 7.1
+  Candidate: 7.1
+";
+        assert_eq!(candidates(policy), ["iptables", "bpftool"]);
+    }
+}

@@ -1,0 +1,260 @@
+//! `cargo xtask test`: the tests that anyone can run, and those in real pods.
+
+use std::{
+    fmt, fs,
+    io::{self, BufRead, BufReader, IsTerminal, Write},
+    ops::AddAssign,
+    process::{Command, ExitCode, Stdio},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use clap::ValueEnum;
+
+use crate::{
+    compile::{self, HOST},
+    process::{cargo, require_root, workspace},
+    setup::{self, Need},
+};
+
+/// The one suite of the tests' package that needs no pod.
+const MODEL: &str = "model";
+
+/// What to test.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Which tests
+    #[arg(value_enum, default_value_t = Which::All)]
+    which: Which,
+    /// For the test programs: a part of a test's name, --nocapture, --test-threads ...
+    #[arg(last = true)]
+    arguments: Vec<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Which {
+    /// Those that need no root
+    Unit,
+    /// Those that make pods and attach kernel programs
+    Pod,
+    /// Both
+    All,
+}
+
+/// Runs them and prints a summary as the last line.
+///
+/// # Errors
+///
+/// If something is missing, a build fails, or this isn't root's process.
+pub(crate) fn run(args: &Args) -> Result<ExitCode> {
+    let (unit, pod) = match args.which {
+        Which::Unit => (true, false),
+        Which::Pod => (false, true),
+        Which::All => (true, true),
+    };
+    if pod {
+        let what = if unit { "test" } else { "test pod" };
+        require_root(what).context("`cargo xtask test unit` runs those that need no root")?;
+        setup::ensure(setup::PODS)?;
+    } else {
+        setup::ensure(&[Need::Kernel])?;
+    }
+    let mut results = Vec::new();
+    if unit {
+        let targets = ["--lib", "--bins", "--test", MODEL].map(str::to_owned);
+        results.push(("unit", suites(&targets, &args.arguments)?));
+    }
+    if pod {
+        // The suites start it; cargo builds only their own package's programs.
+        compile::debug(&["interceptor"])?;
+        let targets: Vec<String> = pod_suites()?
+            .into_iter()
+            .flat_map(|suite| ["--test".to_owned(), suite])
+            .collect();
+        results.push(("pod", suites(&targets, &args.arguments)?));
+    }
+    let passed = results.iter().all(|(_, result)| result.passed());
+    let parts: Vec<String> = results
+        .iter()
+        .map(|(name, result)| format!("{name}: {result}"))
+        .collect();
+    println!("\ntest: {}", parts.join("; "));
+    Ok(if passed {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+/// The names of the suites that need pods.
+fn pod_suites() -> Result<Vec<String>> {
+    let directory = workspace().join("tests/tests");
+    let mut suites = Vec::new();
+    for entry in
+        fs::read_dir(&directory).with_context(|| format!("read {}", directory.display()))?
+    {
+        let path = entry?.path();
+        if let (Some(name), Some("rs")) = (
+            path.file_stem().and_then(|name| name.to_str()),
+            path.extension().and_then(|extension| extension.to_str()),
+        ) && name != MODEL
+        {
+            suites.push(name.to_owned());
+        }
+    }
+    ensure!(!suites.is_empty(), "no suites in {}", directory.display());
+    suites.sort();
+    Ok(suites)
+}
+
+/// What became of some test programs.
+#[derive(Debug)]
+struct Outcome {
+    succeeded: bool,
+    counts: Counts,
+    time: Duration,
+}
+
+impl Outcome {
+    /// Tests that didn't run have not passed.
+    const fn passed(&self) -> bool {
+        self.succeeded && self.counts.failed == 0 && self.counts.passed > 0
+    }
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Counts {
+            passed,
+            failed,
+            ignored,
+        } = self.counts;
+        f.write_str(if self.passed() { "ok" } else { "FAILED" })?;
+        write!(f, ", {passed} passed")?;
+        for (count, what) in [(failed, "failed"), (ignored, "ignored")] {
+            if count > 0 {
+                write!(f, ", {count} {what}")?;
+            }
+        }
+        if !self.succeeded && failed == 0 {
+            f.write_str(", a test program didn't build or end as it should")?;
+        } else if self.counts == Counts::default() {
+            f.write_str(", no test ran")?;
+        }
+        write!(f, ", {} s", self.time.as_secs())
+    }
+}
+
+/// What test programs say of their tests.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Counts {
+    passed: u32,
+    failed: u32,
+    ignored: u32,
+}
+
+impl Counts {
+    /// Reads a test program's last line; other lines count nothing.
+    fn parse(line: &str) -> Option<Self> {
+        let (_, rest) = line.split_once("test result: ")?;
+        let (_, rest) = rest.split_once(". ")?;
+        let mut counts = Self::default();
+        for part in rest.split("; ") {
+            let (number, what) = part.split_once(' ')?;
+            match what {
+                "passed" => counts.passed = number.parse().ok()?,
+                "failed" => counts.failed = number.parse().ok()?,
+                "ignored" => counts.ignored = number.parse().ok()?,
+                _ => {}
+            }
+        }
+        Some(counts)
+    }
+}
+
+impl AddAssign for Counts {
+    fn add_assign(&mut self, other: Self) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.ignored += other.ignored;
+    }
+}
+
+/// Runs the tests of these targets to the end, shows what they print, and counts.
+fn suites(targets: &[String], arguments: &[String]) -> Result<Outcome> {
+    let start = Instant::now();
+    let mut command: Command = cargo(&["test", "--no-fail-fast"]);
+    command.args(HOST).args(targets).arg("--");
+    if io::stdout().is_terminal() {
+        command.arg("--color=always");
+    }
+    let mut child = command
+        .args(arguments)
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("start cargo test")?;
+    let output = child.stdout.take().context("cargo test's output")?;
+    let mut counts = Counts::default();
+    for line in BufReader::new(output).split(b'\n') {
+        let mut line = line.context("read cargo test's output")?;
+        if let Some(more) = Counts::parse(&String::from_utf8_lossy(&line)) {
+            counts += more;
+        }
+        line.push(b'\n');
+        io::stdout().write_all(&line).context("print")?;
+    }
+    Ok(Outcome {
+        succeeded: child.wait().context("wait for cargo test")?.success(),
+        counts,
+        time: start.elapsed(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_test_programs_last_line_is_counted() {
+        let line = "test result: FAILED. 5 passed; 2 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.01s";
+        let counts = Counts {
+            passed: 5,
+            failed: 2,
+            ignored: 1,
+        };
+        assert_eq!(Counts::parse(line), Some(counts));
+        let coloured = "test result: \u{1b}[32mok\u{1b}[m. 5 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.01s";
+        assert_eq!(Counts::parse(coloured).map(|counts| counts.passed), Some(5));
+        assert_eq!(Counts::parse("test a::b ... ok"), None);
+    }
+
+    #[test]
+    fn tests_that_did_not_run_have_not_passed() {
+        let outcome = |succeeded, passed, failed| Outcome {
+            succeeded,
+            counts: Counts {
+                passed,
+                failed,
+                ignored: 0,
+            },
+            time: Duration::from_secs(3),
+        };
+        assert_eq!(outcome(true, 4, 0).to_string(), "ok, 4 passed, 3 s");
+        assert_eq!(
+            outcome(true, 0, 0).to_string(),
+            "FAILED, 0 passed, no test ran, 3 s"
+        );
+        assert_eq!(
+            outcome(false, 4, 1).to_string(),
+            "FAILED, 4 passed, 1 failed, 3 s"
+        );
+        assert!(outcome(false, 4, 0).to_string().starts_with("FAILED"));
+    }
+
+    #[test]
+    fn the_suites_are_those_in_the_directory() {
+        let suites = pod_suites().unwrap();
+        assert!(suites.contains(&"reference".to_owned()), "{suites:?}");
+        assert!(!suites.contains(&MODEL.to_owned()));
+    }
+}
