@@ -3,6 +3,7 @@
 
 mod attach;
 mod chains;
+mod check;
 mod detach;
 mod logs;
 mod proxy;
@@ -59,6 +60,8 @@ enum Command {
     Status(status::Args),
     /// Show a pod's chains, and how many connections each rule has decided.
     Chains(chains::Args),
+    /// Check whether this machine can run Interceptor, and what stands in its way.
+    Check(check::Args),
     /// Follow what a pod's kernel programs log.
     Logs(logs::Args),
     /// Run a small transparent TCP proxy on the ports that connections are redirected to.
@@ -74,6 +77,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Detach(args) => detach::run(&args, &pins, cli.output),
         Command::Status(args) => status::run(args, &pins, cli.output),
         Command::Chains(args) => chains::run(&args, &pins, cli.output),
+        Command::Check(args) => check::run(&args, cli.output),
         Command::Logs(args) => logs::run(&args, &pins),
         Command::Proxy(args) => proxy::run(args, cli.output),
     };

@@ -1,8 +1,10 @@
 //! Loads Interceptor's kernel programs for a pod and feeds their maps.
 //!
-//! [`pod`] finds out what a pod is, [`datapath`] attaches it, and [`proxy`] is
-//! a small proxy to try it with. Nothing here prints.
+//! [`check`] tells whether the machine can run it, [`pod`] what a pod is,
+//! [`datapath`] attaches it, and [`proxy`] is a small proxy to try it with.
+//! Nothing here prints.
 
+pub mod check;
 pub mod datapath;
 mod error;
 pub mod pod;

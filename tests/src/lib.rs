@@ -16,3 +16,4 @@ pub mod iptables;
 pub mod netns;
 pub mod pod;
 pub mod proxies;
+pub mod world;

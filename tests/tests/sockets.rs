@@ -3,6 +3,7 @@
 //! all that client and server saw.
 
 use std::{
+    collections::BTreeMap,
     fmt,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     thread,
@@ -103,6 +104,16 @@ impl Log {
         self.entries.push((label, Seen::Said(seen.to_string())));
     }
 
+    /// The entries, each of which must have a label of its own.
+    fn by_label(&self) -> Result<BTreeMap<&str, &Seen>> {
+        let mut all = BTreeMap::new();
+        for (label, seen) in &self.entries {
+            let earlier = all.insert(label.as_str(), seen);
+            ensure!(earlier.is_none(), "{label} is there twice");
+        }
+        Ok(all)
+    }
+
     /// Whether it succeeded.
     fn answer(&mut self, what: &str, answer: &Answer) -> bool {
         match answer {
@@ -122,34 +133,32 @@ struct ByDesign {
 const BY_DESIGN: &[ByDesign] = &[];
 
 /// Every difference between two pods' logs that isn't by design.
-fn differences(iptables: &Log, interceptor: &Log) -> Vec<String> {
+fn differences(iptables: &Log, interceptor: &Log) -> Result<Vec<String>> {
+    let (expected, mut observed) = (iptables.by_label()?, interceptor.by_label()?);
     let mut all = Vec::new();
-    let mut pairs = iptables.entries.iter().zip(&interceptor.entries);
-    let mut out_of_step = iptables.entries.len() != interceptor.entries.len();
-    for ((label, expected), (observed_label, observed)) in &mut pairs {
-        if label != observed_label {
-            out_of_step = true;
-            break;
+    for (label, expected) in expected {
+        let Some(observed) = observed.remove(label) else {
+            all.push(format!("{label} isn't seen, expected {expected}"));
+            continue;
+        };
+        if let (Seen::Served(expected), Seen::Served(observed)) = (expected, observed) {
+            all.extend(as_interceptor_may(expected, observed));
+            continue;
         }
-        match (expected, observed) {
-            (Seen::Served(expected), Seen::Served(observed)) => {
-                all.extend(as_interceptor_may(expected, observed));
-            }
-            _ => {
-                let (expected, observed) = (expected.to_string(), observed.to_string());
-                let allowed = BY_DESIGN
-                    .iter()
-                    .any(|known| (known.is)(label, &expected, &observed));
-                if expected != observed && !allowed {
-                    all.push(format!("{label} is {observed}, expected {expected}"));
-                }
-            }
+        let (expected, observed) = (expected.to_string(), observed.to_string());
+        let known = || {
+            BY_DESIGN
+                .iter()
+                .any(|known| (known.is)(label, &expected, &observed))
+        };
+        if expected != observed && !known() {
+            all.push(format!("{label} is {observed}, expected {expected}"));
         }
     }
-    if out_of_step && all.is_empty() {
-        all.push("the logs are out of step".to_owned());
+    for (label, observed) in observed {
+        all.push(format!("{label} is {observed}, expected not to be seen"));
     }
-    all
+    Ok(all)
 }
 
 /// Does the same with both pods and compares.
@@ -189,7 +198,7 @@ fn compare_with(
             println!("{label} = {seen}");
         }
     }
-    let all = differences(&expected, &observed);
+    let all = differences(&expected, &observed)?;
     ensure!(
         all.is_empty(),
         "{} differences in {} observations:\n{}",

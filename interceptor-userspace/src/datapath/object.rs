@@ -25,7 +25,7 @@ use crate::{
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/interceptor-ebpf"));
 
 /// The maps that are pinned, by their names.
-pub const MAPS: [&str; 7] = [
+pub(crate) const MAPS: [&str; 7] = [
     "ATTACHMENT",
     "COUNTERS",
     "HANDSHAKES",
@@ -37,9 +37,9 @@ pub const MAPS: [&str; 7] = [
 
 /// A program and where it is attached.
 #[derive(Debug)]
-pub struct Hook {
+pub(crate) struct Hook {
     /// The name of the program and of its link's pin.
-    pub program: &'static str,
+    pub(crate) program: &'static str,
     attach_type: bpf_attach_type,
     to_netns: bool,
 }
@@ -54,7 +54,7 @@ const fn cgroup_hook(program: &'static str, attach_type: bpf_attach_type) -> Hoo
 
 /// The programs, in the order in which they are attached: connections are
 /// redirected when all that they need is there. Detaching goes the other way.
-pub const LINKS: [Hook; 7] = [
+pub(crate) const LINKS: [Hook; 7] = [
     cgroup_hook("sock_ops", BPF_CGROUP_SOCK_OPS),
     Hook {
         program: "find_listener",
@@ -226,6 +226,57 @@ impl Object {
                 .map_err(Error::system(operation))
         })
     }
+}
+
+/// A program of someone else's on a hook that we use.
+#[derive(Debug)]
+pub struct ForeignProgram {
+    /// The kernel's number of it.
+    pub id: u32,
+    /// Its name, perhaps empty.
+    pub name: String,
+    /// Our name of the hook.
+    pub hook: &'static str,
+    /// Whether it was attached so that it admits no other.
+    pub exclusive: bool,
+}
+
+/// The programs attached to `cgroup` itself on the hooks that we use, but for
+/// our own.
+pub fn foreign_programs(cgroup: &Cgroup) -> Vec<ForeignProgram> {
+    LINKS
+        .iter()
+        .filter(|hook| !hook.to_netns)
+        .filter_map(|hook| {
+            let (ids, exclusive) =
+                super::bpf::attached_programs(cgroup.as_fd(), hook.attach_type).ok()?;
+            Some(ids.into_iter().map(move |id| ForeignProgram {
+                id,
+                name: program_name(id).unwrap_or_default(),
+                hook: hook.program,
+                exclusive,
+            }))
+        })
+        .flatten()
+        .filter(|foreign| foreign.name != foreign.hook)
+        .collect()
+}
+
+/// Loads everything for no pod, attaches nothing, and lets it go: whether the
+/// kernel accepts it.
+///
+/// # Errors
+///
+/// If it doesn't.
+pub fn load_only() -> Result<()> {
+    Object::load(
+        NetnsId {
+            device: 0,
+            inode: 0,
+        },
+        LogLevel::Trace,
+    )
+    .map(drop)
 }
 
 /// Who keeps others from attaching to `cgroup`: the exclusive programs on it

@@ -106,11 +106,15 @@ impl Netns {
         &self.given
     }
 
-    /// Whether it is the one that PID 1 lives in: the machine's own.
+    /// Whether it is the machine's own: the one that PID 1 lives in, or, where
+    /// that may not be looked at, this process.
     pub fn is_host(&self) -> bool {
-        fs::metadata("/proc/1/ns/net").is_ok_and(|metadata| {
-            metadata.ino() == self.id.inode && metadata.dev() == self.id.device
-        })
+        ["/proc/1/ns/net", "/proc/self/ns/net"]
+            .iter()
+            .find_map(|path| fs::metadata(path).ok())
+            .is_none_or(|metadata| {
+                metadata.ino() == self.id.inode && metadata.dev() == self.id.device
+            })
     }
 
     /// Runs `work` in the namespace, on a thread of its own, and waits for it.

@@ -1,0 +1,724 @@
+//! Attaching and detaching: all or nothing, again and again, interrupted at
+//! any moment, and with every kind of wrong argument.
+
+use std::{
+    fs,
+    net::{Ipv4Addr, SocketAddr},
+    os::unix::fs::PermissionsExt as _,
+    path::Path,
+    process::{Command, Output, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use interceptor_tests::{
+    bpf::{self, Id, Kind},
+    cgroup::Cgroup,
+    cli::{Cli, run_json},
+    command::{run, wait_until},
+    inside::Inside,
+    pod::{Host, POD_V4, Pod},
+    world::{APP, EVERYWHERE, Way, World, assert_direct, assert_served, objects},
+};
+use serde_json::Value;
+
+const PASSTHROUGH_V6: &str = "::6/128";
+
+fn has_passthrough(pod: &Pod) -> Result<bool> {
+    let addresses = pod.netns().ip("-6 addr show dev lo")?;
+    Ok(addresses.contains(PASSTHROUGH_V6))
+}
+
+/// Nothing of the pod is there any more.
+fn assert_nothing_left(cli: &Cli, pod: &Pod, objects: &[Id]) -> Result<()> {
+    let directories = cli.directories()?;
+    ensure!(directories.is_empty(), "pins stay behind: {directories:?}");
+    ensure!(!has_passthrough(pod)?, "::6 stays behind on lo");
+    bpf::wait_until_gone(objects)
+}
+
+#[test]
+fn detaching_leaves_nothing_and_live_connections_go_on() -> Result<()> {
+    let world = World::new()?;
+    let _proxy = world.start_proxy(&EVERYWHERE)?;
+    world.assert_left_alone()?;
+    ensure!(world.cli.attach(&world.pod)? == "newly");
+    ensure!(has_passthrough(&world.pod)?);
+    let objects = objects(&world.cli, world.name())?;
+    let mut live = world.assert_intercepted()?;
+    for conversation in &mut live {
+        conversation.echo()?;
+    }
+
+    world.cli.detach(world.name())?;
+    assert_nothing_left(&world.cli, &world.pod, &objects)?;
+    for conversation in &mut live {
+        conversation.echo().context("after detaching")?;
+    }
+    world.assert_left_alone()?;
+
+    ensure!(world.cli.attach(&world.pod)? == "newly");
+    for conversation in &mut live {
+        conversation.echo().context("after attaching again")?;
+    }
+    world.assert_intercepted()?;
+    Ok(())
+}
+
+#[test]
+fn only_the_pods_own_programs_use_its_maps() -> Result<()> {
+    let (pod, cli) = (Pod::new()?, Cli::new()?);
+    cli.attach(&pod)?;
+    let ours = objects(&cli, pod.name())?;
+    // The iterator that looked for listeners is freed soon after.
+    wait_until(
+        "no other program uses the pod's maps",
+        Duration::from_secs(20),
+        || {
+            let strangers = bpf::list(Kind::Program)?
+                .into_iter()
+                .filter(|program| !ours.contains(program))
+                .filter(|program| {
+                    // One that is gone by now uses nothing.
+                    bpf::maps_of(program.1)
+                        .unwrap_or_default()
+                        .iter()
+                        .any(|map| ours.contains(map))
+                })
+                .count();
+            Ok((strangers == 0).then_some(()))
+        },
+    )
+}
+
+#[test]
+fn an_address_that_was_there_before_stays() -> Result<()> {
+    let (pod, cli) = (Pod::new()?, Cli::new()?);
+    pod.netns().ip("-6 addr add ::6/128 dev lo")?;
+    cli.attach(&pod)?;
+    cli.detach(pod.name())?;
+    ensure!(has_passthrough(&pod)?, "::6 was taken away");
+    Ok(())
+}
+
+#[test]
+fn attaching_again_changes_nothing_but_the_routes() -> Result<()> {
+    let world = World::new()?;
+    let _proxy = world.start_proxy(&EVERYWHERE)?;
+    world.cli.attach(&world.pod)?;
+    let mut live = world.assert_intercepted()?;
+    let before = objects(&world.cli, world.name())?;
+    let listeners = world.cli.status(world.name())?["listeners"].clone();
+
+    // An address of the pod's own that the programs don't know yet.
+    let added = SocketAddr::new(Ipv4Addr::new(10, 78, 0, 2).into(), 8080);
+    world
+        .pod
+        .netns()
+        .ip(&format!("addr add {}/24 dev eth0", added.ip()))?;
+    ensure!(world.cli.attach(&world.pod)? == "already");
+
+    assert_direct("APP", &world.app, added).context("`-o lo … RETURN`")?;
+    ensure!(objects(&world.cli, world.name())? == before);
+    ensure!(world.cli.status(world.name())?["listeners"] == listeners);
+    for conversation in &mut live {
+        conversation.echo()?;
+    }
+    world.assert_intercepted()?;
+
+    // And away again.
+    world
+        .pod
+        .netns()
+        .ip(&format!("addr del {}/24 dev eth0", added.ip()))?;
+    ensure!(world.cli.attach(&world.pod)? == "already");
+    assert_served(Way::Out, &world.app, added)?;
+    Ok(())
+}
+
+#[test]
+fn attaching_in_another_way_is_refused() -> Result<()> {
+    let (pod, other, cli) = (Pod::new()?, Pod::new()?, Cli::new()?);
+    cli.attach(&pod)?;
+    let (objects, status) = (objects(&cli, pod.name())?, cli.status(pod.name())?);
+    let with = |arguments: &[&str]| -> Result<Command> {
+        let mut command = cli.attach_command(&pod)?;
+        command.args(arguments);
+        Ok(command)
+    };
+    let mut other_cgroup = cli.command()?;
+    other_cgroup
+        .args(["attach", "--pod", pod.name(), "--cgroup"])
+        .arg(other.cgroup().path())
+        .arg("--netns")
+        .arg(pod.netns().path());
+    let mut other_netns = cli.command()?;
+    other_netns
+        .args(["attach", "--pod", pod.name(), "--cgroup"])
+        .arg(pod.cgroup().path())
+        .arg("--netns")
+        .arg(other.netns().path());
+    for (mut command, what) in [
+        (with(&["--proxy-uid", "1338"])?, "settings"),
+        (with(&["--proxy-gid", "1"])?, "settings"),
+        (with(&["--outbound-port", "16001"])?, "settings"),
+        (with(&["--inbound-port", "16006"])?, "settings"),
+        (with(&["--exclude-inbound-ports", ""])?, "settings"),
+        (with(&["--log-level", "debug"])?, "log level"),
+        (other_cgroup, "cgroup"),
+        (other_netns, "network namespace"),
+    ] {
+        assert_refused(
+            &mut command,
+            &[
+                &format!("attached already with another {what}"),
+                &format!("interceptor detach --pod {}", pod.name()),
+            ],
+        )?;
+    }
+    ensure!(objects == self::objects(&cli, pod.name())?);
+    ensure!(status == cli.status(pod.name())?);
+    ensure!(!has_passthrough(&other)?, "::6 stays on the other pod's lo");
+    Ok(())
+}
+
+#[test]
+fn killed_at_any_moment_it_leaves_nothing_half() -> Result<()> {
+    const TIMES: u32 = 40;
+    let world = World::new()?;
+    let _proxy = world.start_proxy(&EVERYWHERE)?;
+    let start = Instant::now();
+    world.cli.attach(&world.pod)?;
+    let whole = start.elapsed();
+    world.cli.detach(world.name())?;
+
+    let (mut killed, mut half) = (0, 0);
+    for time in 0..TIMES {
+        let mut attaching = world
+            .cli
+            .attach_command(&world.pod)?
+            .stdout(Stdio::null())
+            .spawn()?;
+        thread::sleep(whole * time / TIMES);
+        attaching.kill()?;
+        if !attaching.wait()?.success() {
+            killed += 1;
+        }
+        let left = world.cli.directories()?;
+        if left.iter().any(|name| name.contains('+')) {
+            half += 1;
+        } else if !left.is_empty() {
+            // What is there under the pod's own name is whole.
+            world.cli.status(world.name())?;
+        }
+        let context = || format!("after {:?} of {whole:?}, left {left:?}", whole * time / TIMES);
+        world.cli.attach(&world.pod).with_context(context)?;
+        ensure!(world.cli.directories()? == [world.name()], "{}", context());
+        world.assert_intercepted().with_context(context)?;
+        let objects = objects(&world.cli, world.name())?;
+        world.cli.detach(world.name()).with_context(context)?;
+        assert_nothing_left(&world.cli, &world.pod, &objects).with_context(context)?;
+        world.assert_left_alone().with_context(context)?;
+    }
+    // Else nothing was tried.
+    ensure!(killed >= TIMES / 2, "killed only {killed} times");
+    println!("killed {killed} of {TIMES} times, {half} times in the middle of pinning");
+    Ok(())
+}
+
+#[test]
+fn detaching_cleans_up_after_one_that_was_killed() -> Result<()> {
+    let (pod, cli) = (Pod::new()?, Cli::new()?);
+    cli.attach(&pod)?;
+    let objects = objects(&cli, pod.name())?;
+    // What a kill in the middle of attaching or of detaching leaves.
+    for half in ["attaching", "detaching"] {
+        let whole = cli.pins().join(pod.name());
+        if !whole.exists() {
+            cli.attach(&pod)?;
+        }
+        fs::rename(whole, cli.pins().join(format!("{}+{half}", pod.name())))?;
+        let error = assert_refused(
+            cli.command()?.args(["detach", "--pod", pod.name()]),
+            &["no pod"],
+        );
+        // That there was no whole one may be said, or not.
+        if let Err(error) = error {
+            println!("{half}: {error:#}");
+        }
+        assert_nothing_left(&cli, &pod, &objects).context(half)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn two_at_once_make_one_attachment() -> Result<()> {
+    let world = World::new()?;
+    let _proxy = world.start_proxy(&EVERYWHERE)?;
+    for _ in 0..5 {
+        let start = || -> Result<_> {
+            Ok(world
+                .cli
+                .attach_command(&world.pod)?
+                .stdout(Stdio::piped())
+                .spawn()?)
+        };
+        let both = [start()?, start()?];
+        let mut answers = Vec::new();
+        for one in both {
+            let output = one.wait_with_output()?;
+            ensure!(output.status.success(), "{output:?}");
+            let answer: Value = serde_json::from_slice(&output.stdout)?;
+            answers.push(answer["attached"].as_str().unwrap_or_default().to_owned());
+        }
+        answers.sort();
+        ensure!(answers == ["already", "newly"], "{answers:?}");
+        world.assert_intercepted()?;
+        let objects = objects(&world.cli, world.name())?;
+        world.cli.detach(world.name())?;
+        assert_nothing_left(&world.cli, &world.pod, &objects)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn attaching_while_detaching_ends_whole_or_not_at_all() -> Result<()> {
+    let world = World::new()?;
+    let _proxy = world.start_proxy(&EVERYWHERE)?;
+    for _ in 0..5 {
+        world.cli.attach(&world.pod)?;
+        let mut attaching = world
+            .cli
+            .attach_command(&world.pod)?
+            .stdout(Stdio::null())
+            .spawn()?;
+        world.cli.detach(world.name())?;
+        ensure!(attaching.wait()?.success());
+        if world.cli.directories()?.is_empty() {
+            world.assert_left_alone()?;
+        } else {
+            world.assert_intercepted()?;
+            let objects = objects(&world.cli, world.name())?;
+            world.cli.detach(world.name())?;
+            assert_nothing_left(&world.cli, &world.pod, &objects)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn fifty_times_in_a_row_nothing_grows() -> Result<()> {
+    let (pod, cli) = (Pod::new()?, Cli::new()?);
+    let mut all = Vec::new();
+    let mut sizes = Vec::new();
+    for _ in 0..50 {
+        cli.attach(&pod)?;
+        let objects = objects(&cli, pod.name())?;
+        sizes.push(objects.len());
+        all.extend(objects);
+        cli.detach(pod.name())?;
+    }
+    sizes.dedup();
+    ensure!(sizes.len() == 1, "the number of objects varies: {sizes:?}");
+    assert_nothing_left(&cli, &pod, &all)
+}
+
+#[test]
+fn a_pod_that_is_gone_can_be_detached() -> Result<()> {
+    let (pod, cli) = (Pod::new()?, Cli::new()?);
+    cli.attach(&pod)?;
+    let (name, objects) = (pod.name().to_owned(), objects(&cli, pod.name())?);
+    drop(pod);
+    let status = cli.status(&name)?;
+    ensure!(status["cgroup"].is_null(), "{status}");
+    cli.detach(&name)?;
+    ensure!(cli.directories()?.is_empty());
+    bpf::wait_until_gone(&objects)
+}
+
+/// The command fails with one line on standard error, of which these are
+/// parts, and prints nothing else.
+fn assert_refused(command: &mut Command, parts: &[&str]) -> Result<()> {
+    let Output {
+        status,
+        stdout,
+        stderr,
+    } = command.output()?;
+    let stderr = String::from_utf8(stderr)?;
+    ensure!(!status.success(), "{command:?} succeeded");
+    ensure!(status.code() == Some(1), "{command:?}: {status}\n{stderr}");
+    ensure!(stdout.is_empty(), "{command:?} printed {stdout:?}");
+    ensure!(
+        stderr.starts_with("error: ") && stderr.lines().count() == 1 && stderr.ends_with('\n'),
+        "not one line that says `error: …`: {stderr}"
+    );
+    for part in parts {
+        ensure!(stderr.contains(part), "no `{part}` in: {stderr}");
+    }
+    Ok(())
+}
+
+/// The command fails before it starts: clap's usage error, with these parts.
+fn assert_misused(command: &mut Command, parts: &[&str]) -> Result<()> {
+    let output = command.output()?;
+    let stderr = String::from_utf8(output.stderr)?;
+    ensure!(
+        output.status.code() == Some(2),
+        "{command:?}: {}\n{stderr}",
+        output.status
+    );
+    ensure!(stderr.starts_with("error: "), "{stderr}");
+    for part in parts {
+        ensure!(stderr.contains(part), "no `{part}` in: {stderr}");
+    }
+    Ok(())
+}
+
+/// A pod, and attach commands with one argument wrong.
+struct Wrong {
+    cli: Cli,
+    pod: Pod,
+}
+
+impl Wrong {
+    fn new() -> Result<Self> {
+        Ok(Self {
+            cli: Cli::new()?,
+            pod: Pod::new()?,
+        })
+    }
+
+    /// Attaches with another cgroup, or netns, or both.
+    fn on(&self, cgroup: Option<&Path>, netns: Option<&str>) -> Result<Command> {
+        let path = self.pod.netns().path();
+        let mut command = self.cli.command()?;
+        command
+            .args(["attach", "--pod", self.pod.name(), "--cgroup"])
+            .arg(cgroup.unwrap_or(self.pod.cgroup().path()))
+            .arg("--netns")
+            .arg(netns.map_or(path.as_path(), Path::new));
+        Ok(command)
+    }
+
+    fn with(&self, arguments: &[&str]) -> Result<Command> {
+        let mut command = self.cli.attach_command(&self.pod)?;
+        command.args(arguments);
+        Ok(command)
+    }
+
+    /// Nothing was made, and a right command works.
+    fn assert_unharmed(&self) -> Result<()> {
+        ensure!(!self.cli.pins().exists(), "{:?}", self.cli.directories()?);
+        ensure!(!has_passthrough(&self.pod)?);
+        ensure!(self.cli.attach(&self.pod)? == "newly");
+        Ok(())
+    }
+}
+
+#[test]
+fn a_wrong_cgroup_is_refused() -> Result<()> {
+    let wrong = Wrong::new()?;
+    let mount = Cgroup::mount()?;
+    let on = |path: &Path| wrong.on(Some(path), None);
+    assert_refused(
+        &mut on(&mount.join("no-such-cgroup"))?,
+        &["no-such-cgroup", "no such directory", &mount.display().to_string()],
+    )?;
+    assert_refused(
+        &mut on(Path::new("/proc"))?,
+        &["/proc is not a cgroup v2 directory"],
+    )?;
+    assert_refused(
+        &mut on(&wrong.pod.cgroup().path().join("cgroup.procs"))?,
+        &["cgroup.procs", "it is a file"],
+    )?;
+    assert_refused(
+        &mut on(Path::new("/etc/passwd"))?,
+        &["/etc/passwd is not a cgroup v2 directory"],
+    )?;
+    let v1 = Path::new("/sys/fs/cgroup/cpu");
+    // Only where both versions are mounted.
+    if v1.is_dir() && !mount.ends_with("/sys/fs/cgroup") {
+        assert_refused(
+            &mut on(v1)?,
+            &["cgroup v1", &format!("below {}", mount.display())],
+        )?;
+    }
+    assert_refused(&mut on(&mount)?, &["the root cgroup", "--allow-host"])?;
+    assert_refused(&mut on(&mount.join("."))?, &["the root cgroup"])?;
+    wrong.assert_unharmed()
+}
+
+#[test]
+fn a_wrong_network_namespace_is_refused() -> Result<()> {
+    let wrong = Wrong::new()?;
+    let on = |netns: &str| wrong.on(None, Some(netns));
+    assert_refused(
+        &mut on("/run/netns/no-such-netns")?,
+        &["/run/netns/no-such-netns is no network namespace", "No such file"],
+    )?;
+    for path in ["/etc/passwd", "/proc", "/proc/self/ns/mnt", ""] {
+        assert_refused(
+            &mut on(path)?,
+            &[&format!("{path} is no network namespace"), "/run/netns/NAME"],
+        )
+        .with_context(|| format!("`{path}`"))?;
+    }
+    let mut child = Command::new("true").spawn()?;
+    let pid = child.id().to_string();
+    child.wait()?;
+    assert_refused(&mut on(&pid)?, &[&pid, "PID of one of the pod's processes"])?;
+    assert_refused(&mut on("99999999999999999999")?, &["no network namespace"])?;
+    for host in ["/proc/1/ns/net", "1", "/proc/self/ns/net"] {
+        assert_refused(
+            &mut on(host)?,
+            &["the machine's own network namespace", "--allow-host"],
+        )?;
+    }
+    wrong.assert_unharmed()
+}
+
+#[test]
+fn a_process_id_stands_for_its_network_namespace() -> Result<()> {
+    let wrong = Wrong::new()?;
+    let process = Inside::start(&wrong.pod, Host::Pod, APP)?;
+    // The process is in the namespace when its program runs, at the latest
+    // when it answers.
+    process.tcp((POD_V4, 0).into())?;
+    run(&mut wrong.on(None, Some(&process.pid().to_string()))?)?;
+    ensure!(wrong.cli.attach(&wrong.pod)? == "already");
+    Ok(())
+}
+
+#[test]
+fn a_wrong_name_is_refused() -> Result<()> {
+    let wrong = Wrong::new()?;
+    let long = "x".repeat(129);
+    for name in ["a/b", "", ".", "..", "a.b", "a b", "a+attaching", "é", &long] {
+        for subcommand in ["attach", "detach", "status", "chains"] {
+            let mut command = wrong.cli.command()?;
+            command.args([subcommand, "--pod", name]);
+            if subcommand == "attach" {
+                command
+                    .arg("--cgroup")
+                    .arg(wrong.pod.cgroup().path())
+                    .arg("--netns")
+                    .arg(wrong.pod.netns().path());
+            }
+            assert_misused(&mut command, &["--pod", "1 to 128 letters, digits"])
+                .with_context(|| format!("{subcommand} `{name}`"))?;
+        }
+    }
+    wrong.assert_unharmed()
+}
+
+#[test]
+fn wrong_settings_are_refused() -> Result<()> {
+    let wrong = Wrong::new()?;
+    for (arguments, parts) in [
+        (["--proxy-uid", "1,2,3,4,5,6,7,8,9"], ["--proxy-uid", "at most 8"]),
+        (["--proxy-gid", "1,2,3,4,5,6,7,8,9"], ["--proxy-gid", "at most 8"]),
+        (["--proxy-uid", "4294967295"], ["--proxy-uid", "4294967295"]),
+        (["--proxy-gid", "4294967295"], ["--proxy-gid", "4294967295"]),
+        (["--outbound-port", "15006"], ["--outbound-port", "15006"]),
+        (["--inbound-port", "15001"], ["--inbound-port", "15001"]),
+        (
+            ["--exclude-inbound-ports", "22,ssh"],
+            ["--exclude-inbound-ports", "`ssh` is no port"],
+        ),
+        (
+            ["--exclude-inbound-ports", "65536"],
+            ["--exclude-inbound-ports", "`65536` is no port"],
+        ),
+        (
+            ["--exclude-inbound-ports", "-1"],
+            ["--exclude-inbound-ports", "`-1` is no port"],
+        ),
+        (
+            [
+                "--exclude-inbound-ports",
+                "1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31,32,33",
+            ],
+            ["--exclude-inbound-ports", "at most 32"],
+        ),
+    ] {
+        let [option, value] = arguments;
+        assert_refused(&mut wrong.with(&[&format!("{option}={value}")])?, &parts)?;
+    }
+    for (option, value) in [
+        ("--outbound-port", "0"),
+        ("--outbound-port", "65536"),
+        ("--inbound-port", "0"),
+        ("--inbound-port", "x"),
+        ("--proxy-uid", "root"),
+        ("--proxy-uid", "4294967296"),
+        ("--log-level", "loud"),
+        ("--netns-file", "x"),
+    ] {
+        assert_misused(&mut wrong.with(&[&format!("{option}={value}")])?, &[option])?;
+    }
+    wrong.assert_unharmed()
+}
+
+#[test]
+fn without_root_it_says_so() -> Result<()> {
+    let wrong = Wrong::new()?;
+    // Not everyone can read the directory in which it was built.
+    let directory = tempfile::tempdir()?;
+    fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755))?;
+    let copy = directory.path().join("interceptor");
+    fs::copy(wrong.cli.command()?.get_program(), &copy)?;
+    fs::set_permissions(&copy, fs::Permissions::from_mode(0o755))?;
+    let as_nobody = |arguments: &[&str]| {
+        let mut command = Command::new("setpriv");
+        command
+            .args(["--reuid", "65534", "--regid", "65534", "--clear-groups"])
+            .arg(&copy)
+            .arg("--pins")
+            .arg(wrong.cli.pins())
+            .args(arguments)
+            .current_dir("/");
+        command
+    };
+    let (cgroup, netns) = (wrong.pod.cgroup().path(), wrong.pod.netns().path());
+    assert_refused(
+        as_nobody(&["attach", "--pod", wrong.pod.name(), "--cgroup"])
+            .arg(cgroup)
+            .arg("--netns")
+            .arg(netns),
+        &["needs root", "sudo"],
+    )?;
+    wrong.assert_unharmed()?;
+    for subcommand in ["detach", "status", "chains"] {
+        assert_refused(
+            &mut as_nobody(&[subcommand, "--pod", wrong.pod.name()]),
+            &["needs root", "sudo"],
+        )
+        .context(subcommand)?;
+    }
+    assert_refused(&mut as_nobody(&["status"]), &["needs root", "sudo"])?;
+    Ok(())
+}
+
+#[test]
+fn pins_elsewhere_than_on_bpffs_are_refused() -> Result<()> {
+    let wrong = Wrong::new()?;
+    let directory = tempfile::tempdir()?;
+    for pins in [directory.path().to_owned(), directory.path().join("new")] {
+        assert_refused(
+            wrong
+                .with(&[])?
+                .arg("--pins")
+                .arg(&pins),
+            &[&pins.display().to_string(), "mount -t bpf"],
+        )?;
+    }
+    ensure!(fs::read_dir(directory.path())?.next().is_none());
+    wrong.assert_unharmed()
+}
+
+#[test]
+fn a_pod_that_is_not_attached_is_unknown() -> Result<()> {
+    let cli = Cli::new()?;
+    for subcommand in ["detach", "status", "chains"] {
+        assert_refused(
+            cli.command()?.args([subcommand, "--pod", "stranger"]),
+            &["stranger", "interceptor status"],
+        )
+        .context(subcommand)?;
+    }
+    ensure!(run_json(cli.command()?.args(["status", "-o", "json"]))? == Value::Array(vec![]));
+    ensure!(!cli.pins().exists());
+    Ok(())
+}
+
+#[test]
+fn damaged_pins_are_noticed_and_can_be_detached() -> Result<()> {
+    let (pod, cli) = (Pod::new()?, Cli::new()?);
+    for pin in ["links/connect4", "maps/ROUTES", "maps/ATTACHMENT"] {
+        cli.attach(&pod)?;
+        let objects = objects(&cli, pod.name())?;
+        fs::remove_file(cli.pins().join(pod.name()).join(pin))?;
+        for mut command in [cli.attach_command(&pod)?, {
+            let mut status = cli.command()?;
+            status.args(["status", "--pod", pod.name()]);
+            status
+        }] {
+            assert_refused(&mut command, &[pin, "interceptor detach"]).context(pin)?;
+        }
+        cli.detach(pod.name())?;
+        ensure!(cli.directories()?.is_empty());
+        bpf::wait_until_gone(&objects)?;
+        // Whether ::6 was added is written in the map that is gone.
+        let _ = pod.netns().ip("-6 addr del ::6/128 dev lo");
+    }
+    Ok(())
+}
+
+#[test]
+fn json_has_the_documented_fields() -> Result<()> {
+    let world = World::new()?;
+    let _proxy = world.start_proxy(&EVERYWHERE)?;
+    let (cli, name) = (&world.cli, world.name());
+    let fields = |value: &Value| -> Vec<String> {
+        value
+            .as_object()
+            .into_iter()
+            .flat_map(|object| object.keys().cloned())
+            .collect()
+    };
+    let attached = run_json(&mut cli.attach_command(&world.pod)?)?;
+    ensure!(fields(&attached) == ["attached", "pins", "pod"], "{attached}");
+    ensure!(attached["pins"] == cli.pins().join(name).display().to_string());
+    world.assert_intercepted()?;
+
+    let status = cli.status(name)?;
+    ensure!(
+        fields(&status)
+            == [
+                "cgroup",
+                "cgroup_id",
+                "events",
+                "excluded_inbound_ports",
+                "handshakes",
+                "inbound_port",
+                "links",
+                "listeners",
+                "log_level",
+                "netns_inode",
+                "outbound_port",
+                "pins",
+                "pod",
+                "proxy_gids",
+                "proxy_uids",
+                "routes"
+            ],
+        "{status}"
+    );
+    ensure!(status["cgroup"] == world.pod.cgroup().path().display().to_string());
+    ensure!(status["listeners"] == serde_json::json!({"outbound": 2, "inbound": 2}));
+    ensure!(fields(&status["links"][0]) == ["link_id", "program", "program_id"]);
+    ensure!(fields(&status["events"][0]) == ["count", "event"]);
+
+    let chains = run_json(cli.command()?.args(["chains", "-o", "json", "--pod", name]))?;
+    for (chain, (name, from)) in chains
+        .as_array()
+        .context("no chains")?
+        .iter()
+        .zip([("ISTIO_OUTPUT", "OUTPUT"), ("ISTIO_INBOUND", "PREROUTING")])
+    {
+        ensure!(fields(chain) == ["chain", "from", "rules"], "{chain}");
+        ensure!(chain["chain"] == name && chain["from"] == from, "{chain}");
+        let rules = chain["rules"].as_array().context("no rules")?;
+        ensure!(fields(&rules[0]) == ["hits", "number", "target", "text"]);
+        let last = rules.last().context("no rule")?;
+        // assert_intercepted's connections, two each way.
+        ensure!(last["hits"] == 2, "{chain}");
+    }
+    ensure!(chains.as_array().map(Vec::len) == Some(2));
+
+    let detached = run_json(cli.command()?.args(["detach", "-o", "json", "--pod", name]))?;
+    ensure!(fields(&detached) == ["pod"] && detached["pod"] == name);
+    Ok(())
+}
