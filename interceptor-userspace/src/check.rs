@@ -20,7 +20,7 @@ use serde::Serialize;
 
 use crate::{
     Error,
-    datapath::{self, ForeignProgram},
+    datapath::{self, ForeignProgram, ProgramSize},
     pod::{
         cgroup::{self, Cgroup},
         netns::Netns,
@@ -51,6 +51,9 @@ pub struct Check {
     /// What to do about it, unless it passed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fix: Option<String>,
+    /// What a kernel program costs, where that was looked at.
+    #[serde(flatten)]
+    pub size: Option<ProgramSize>,
 }
 
 impl Check {
@@ -60,6 +63,7 @@ impl Check {
             outcome: Outcome::Pass,
             found: found.into(),
             fix: None,
+            size: None,
         }
     }
 
@@ -74,6 +78,7 @@ impl Check {
             outcome,
             found: found.into(),
             fix: Some(fix.into()),
+            size: None,
         }
     }
 
@@ -107,7 +112,7 @@ pub fn check(cgroup: Option<&Cgroup>, netns: Option<&Netns>) -> Vec<Check> {
     checks.extend(programs());
     checks.extend(maps());
     checks.extend(helpers());
-    checks.push(object());
+    checks.extend(object());
     checks.extend(neighbours(cgroup));
     if let Some(netns) = netns {
         checks.push(chains(netns));
@@ -312,11 +317,30 @@ fn helpers() -> impl Iterator<Item = Check> {
 
 /// Loads the programs with their maps at full size, attaches nothing, and
 /// lets them go.
-fn object() -> Check {
+fn object() -> Vec<Check> {
     let name = "kernel programs";
     match datapath::load_only() {
-        Ok(()) => Check::pass(name, "the kernel accepts them and their maps"),
-        Err(error) => Check::not(
+        Ok(sizes) => sizes
+            .into_iter()
+            .map(|size| Check {
+                size: Some(size),
+                ..Check::pass(
+                    format!("program {}", size.program),
+                    match size.verified_instructions {
+                        Some(instructions) => format!(
+                            "accepted: {instructions} instructions verified, {} bytes of machine \
+                             code",
+                            size.machine_code_bytes
+                        ),
+                        None => format!(
+                            "accepted: {} bytes of machine code",
+                            size.machine_code_bytes
+                        ),
+                    },
+                )
+            })
+            .collect(),
+        Err(error) => vec![Check::not(
             Outcome::Fail,
             name,
             describe(&error)
@@ -328,7 +352,7 @@ fn object() -> Check {
                 Error::Btf { .. } => "use a kernel with CONFIG_DEBUG_INFO_BTF",
                 _ => "if it is ENOMEM or EPERM on a kernel before 5.11: ulimit -l unlimited",
             },
-        ),
+        )],
     }
 }
 

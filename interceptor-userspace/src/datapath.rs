@@ -11,7 +11,7 @@ mod routes;
 mod view;
 
 pub use attach::{Attached, Request, attach, detach};
-pub use object::{ForeignProgram, LogLevel, foreign_programs, load_only};
+pub use object::{ForeignProgram, LogLevel, ProgramSize, foreign_programs, load_only};
 pub use pins::{DEFAULT_ROOT, Pins};
 pub use view::{
     ChainView, EventView, LinkView, ListenerView, PodView, RuleView, chains, pods, view,

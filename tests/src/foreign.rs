@@ -80,7 +80,12 @@ impl Counter {
     /// # Errors
     ///
     /// If the kernel refuses it.
-    pub fn attach(name: &str, hook: Hook, cgroup: impl Into<OwnedFd>, how: Sharing) -> Result<Self> {
+    pub fn attach(
+        name: &str,
+        hook: Hook,
+        cgroup: impl Into<OwnedFd>,
+        how: Sharing,
+    ) -> Result<Self> {
         let (program_type, attach_type) = hook.types();
         let count = create_map(BPF_MAP_TYPE_ARRAY as u32)?;
         // count[0] += 1; return 1;
@@ -235,8 +240,7 @@ fn load(
         other => other as u32,
     };
     attr.__bindgen_anon_3.insns = instructions.as_ptr().addr() as u64;
-    attr.__bindgen_anon_3.insn_cnt =
-        u32::try_from(instructions.len()).map_err(io::Error::other)?;
+    attr.__bindgen_anon_3.insn_cnt = u32::try_from(instructions.len()).map_err(io::Error::other)?;
     attr.__bindgen_anon_3.license = c"GPL".as_ptr().addr() as u64;
     // SAFETY: the union's member that this command reads.
     let place = unsafe { &mut attr.__bindgen_anon_3.prog_name };
@@ -300,7 +304,13 @@ const fn atomic_add(destination: u8, source: u8) -> u64 {
 fn load_map(destination: u8, map: BorrowedFd<'_>) -> [u64; 2] {
     const PSEUDO_MAP_FD: u8 = 1;
     [
-        instruction(0x18, destination, PSEUDO_MAP_FD, 0, number(map).cast_signed()),
+        instruction(
+            0x18,
+            destination,
+            PSEUDO_MAP_FD,
+            0,
+            number(map).cast_signed(),
+        ),
         0,
     ]
 }

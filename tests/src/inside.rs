@@ -297,11 +297,7 @@ pub fn run() -> Result<()> {
         }
         let number =
             |at: usize| i32::from_ne_bytes([0, 1, 2, 3].map(|byte| request[4 * at + byte]));
-        let made = Socket::new(
-            number(0).into(),
-            number(1).into(),
-            Some(number(2).into()),
-        );
+        let made = Socket::new(number(0).into(), number(1).into(), Some(number(2).into()));
         let (errno, fds): (i32, Vec<RawFd>) = match &made {
             Ok(socket) => (0, vec![socket.as_raw_fd()]),
             Err(error) => (error.raw_os_error().unwrap_or(libc::EIO), Vec::new()),

@@ -102,14 +102,20 @@ impl World {
     /// If something can't be made or started.
     pub fn new() -> Result<Self> {
         let pod = Pod::new()?;
-        let servers = [Agent::start(&pod, Host::Pod)?, Agent::start(&pod, Host::Peer)?];
+        let servers = [
+            Agent::start(&pod, Host::Pod)?,
+            Agent::start(&pod, Host::Peer)?,
+        ];
         let everywhere = |ports: &[u16]| -> Vec<SocketAddr> {
             ports
                 .iter()
                 .flat_map(|port| EVERYWHERE.map(|address| SocketAddr::new(address, *port)))
                 .collect()
         };
-        servers[0].listen(Listen::new(Way::In.server(), everywhere(&[PORT, EXCLUDED_PORT])))?;
+        servers[0].listen(Listen::new(
+            Way::In.server(),
+            everywhere(&[PORT, EXCLUDED_PORT]),
+        ))?;
         servers[1].listen(Listen::new(Way::Out.server(), everywhere(&[PORT])))?;
         Ok(Self {
             cli: Cli::new()?,

@@ -212,7 +212,12 @@ fn killed_at_any_moment_it_leaves_nothing_half() -> Result<()> {
             // What is there under the pod's own name is whole.
             world.cli.status(world.name())?;
         }
-        let context = || format!("after {:?} of {whole:?}, left {left:?}", whole * time / TIMES);
+        let context = || {
+            format!(
+                "after {:?} of {whole:?}, left {left:?}",
+                whole * time / TIMES
+            )
+        };
         world.cli.attach(&world.pod).with_context(context)?;
         ensure!(world.cli.directories()? == [world.name()], "{}", context());
         world.assert_intercepted().with_context(context)?;
@@ -423,7 +428,11 @@ fn a_wrong_cgroup_is_refused() -> Result<()> {
     let on = |path: &Path| wrong.on(Some(path), None);
     assert_refused(
         &mut on(&mount.join("no-such-cgroup"))?,
-        &["no-such-cgroup", "no such directory", &mount.display().to_string()],
+        &[
+            "no-such-cgroup",
+            "no such directory",
+            &mount.display().to_string(),
+        ],
     )?;
     assert_refused(
         &mut on(Path::new("/proc"))?,
@@ -456,12 +465,18 @@ fn a_wrong_network_namespace_is_refused() -> Result<()> {
     let on = |netns: &str| wrong.on(None, Some(netns));
     assert_refused(
         &mut on("/run/netns/no-such-netns")?,
-        &["/run/netns/no-such-netns is no network namespace", "No such file"],
+        &[
+            "/run/netns/no-such-netns is no network namespace",
+            "No such file",
+        ],
     )?;
     for path in ["/etc/passwd", "/proc", "/proc/self/ns/mnt", ""] {
         assert_refused(
             &mut on(path)?,
-            &[&format!("{path} is no network namespace"), "/run/netns/NAME"],
+            &[
+                &format!("{path} is no network namespace"),
+                "/run/netns/NAME",
+            ],
         )
         .with_context(|| format!("`{path}`"))?;
     }
@@ -495,7 +510,17 @@ fn a_process_id_stands_for_its_network_namespace() -> Result<()> {
 fn a_wrong_name_is_refused() -> Result<()> {
     let wrong = Wrong::new()?;
     let long = "x".repeat(129);
-    for name in ["a/b", "", ".", "..", "a.b", "a b", "a+attaching", "é", &long] {
+    for name in [
+        "a/b",
+        "",
+        ".",
+        "..",
+        "a.b",
+        "a b",
+        "a+attaching",
+        "é",
+        &long,
+    ] {
         for subcommand in ["attach", "detach", "status", "chains"] {
             let mut command = wrong.cli.command()?;
             command.args([subcommand, "--pod", name]);
@@ -517,8 +542,14 @@ fn a_wrong_name_is_refused() -> Result<()> {
 fn wrong_settings_are_refused() -> Result<()> {
     let wrong = Wrong::new()?;
     for (arguments, parts) in [
-        (["--proxy-uid", "1,2,3,4,5,6,7,8,9"], ["--proxy-uid", "at most 8"]),
-        (["--proxy-gid", "1,2,3,4,5,6,7,8,9"], ["--proxy-gid", "at most 8"]),
+        (
+            ["--proxy-uid", "1,2,3,4,5,6,7,8,9"],
+            ["--proxy-uid", "at most 8"],
+        ),
+        (
+            ["--proxy-gid", "1,2,3,4,5,6,7,8,9"],
+            ["--proxy-gid", "at most 8"],
+        ),
         (["--proxy-uid", "4294967295"], ["--proxy-uid", "4294967295"]),
         (["--proxy-gid", "4294967295"], ["--proxy-gid", "4294967295"]),
         (["--outbound-port", "15006"], ["--outbound-port", "15006"]),
@@ -607,10 +638,7 @@ fn pins_elsewhere_than_on_bpffs_are_refused() -> Result<()> {
     let directory = tempfile::tempdir()?;
     for pins in [directory.path().to_owned(), directory.path().join("new")] {
         assert_refused(
-            wrong
-                .with(&[])?
-                .arg("--pins")
-                .arg(&pins),
+            wrong.with(&[])?.arg("--pins").arg(&pins),
             &[&pins.display().to_string(), "mount -t bpf"],
         )?;
     }
@@ -669,7 +697,10 @@ fn json_has_the_documented_fields() -> Result<()> {
             .collect()
     };
     let attached = run_json(&mut cli.attach_command(&world.pod)?)?;
-    ensure!(fields(&attached) == ["attached", "pins", "pod"], "{attached}");
+    ensure!(
+        fields(&attached) == ["attached", "pins", "pod"],
+        "{attached}"
+    );
     ensure!(attached["pins"] == cli.pins().join(name).display().to_string());
     world.assert_intercepted()?;
 

@@ -13,6 +13,8 @@ use aya_obj::generated::bpf_attach_type::{
     BPF_CGROUP_INET6_CONNECT, BPF_CGROUP_INET6_GETPEERNAME, BPF_CGROUP_SOCK_OPS, BPF_SK_LOOKUP,
 };
 
+use serde::Serialize;
+
 use super::{bpf::Link, kernel_types::Offsets};
 use crate::{
     Error, Result,
@@ -124,11 +126,7 @@ impl Object {
             loader.map_max_entries(LOGS, page_size());
         }
         let mut object = Self(loader.load(OBJECT)?);
-        for program in LINKS
-            .iter()
-            .map(|hook| hook.program)
-            .chain([LISTENER_ITERATOR])
-        {
+        for program in program_names() {
             object
                 .load_program(program, &btf)
                 .map_err(|error| Error::Program {
@@ -262,21 +260,56 @@ pub fn foreign_programs(cgroup: &Cgroup) -> Vec<ForeignProgram> {
         .collect()
 }
 
-/// Loads everything for no pod, attaches nothing, and lets it go: whether the
-/// kernel accepts it.
+/// What a program costs.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct ProgramSize {
+    /// Its name.
+    pub program: &'static str,
+    /// How many instructions the verifier walked, which bounds how long it may
+    /// run; none before Linux 5.16, which doesn't say.
+    pub verified_instructions: Option<u32>,
+    /// How many bytes of machine code it is.
+    pub machine_code_bytes: u32,
+}
+
+/// Loads everything for no pod and at its largest, with all logging; attaches
+/// nothing, and lets it go: whether the kernel accepts it, and at what cost.
 ///
 /// # Errors
 ///
-/// If it doesn't.
-pub fn load_only() -> Result<()> {
-    Object::load(
-        NetnsId {
-            device: 0,
-            inode: 0,
-        },
-        LogLevel::Trace,
-    )
-    .map(drop)
+/// If the kernel doesn't accept it.
+pub fn load_only() -> Result<Vec<ProgramSize>> {
+    let nowhere = NetnsId {
+        device: 0,
+        inode: 0,
+    };
+    let object = Object::load(nowhere, LogLevel::Trace)?;
+    program_names()
+        .map(|name| {
+            let info = object
+                .0
+                .program(name)
+                .expect("it is in the object")
+                .info()
+                .map_err(|error| Error::Program {
+                    program: name,
+                    source: Box::new(error),
+                })?;
+            Ok(ProgramSize {
+                program: name,
+                verified_instructions: info.verified_instruction_count(),
+                machine_code_bytes: info.size_jitted(),
+            })
+        })
+        .collect()
+}
+
+/// All programs of the object.
+fn program_names() -> impl Iterator<Item = &'static str> {
+    LINKS
+        .iter()
+        .map(|hook| hook.program)
+        .chain([LISTENER_ITERATOR])
 }
 
 /// Who keeps others from attaching to `cgroup`: the exclusive programs on it
