@@ -73,14 +73,14 @@ impl Address {
     #[inline(always)]
     pub fn is_v4(&self) -> bool {
         let words = self.to_be32s();
-        words[0] == 0 && words[1] == 0 && words[2] == MAPPED
+        words[0] | words[1] | (words[2] ^ MAPPED) == 0
     }
 
     /// Whether this is `0.0.0.0` or `::`.
     #[inline(always)]
     pub fn is_unspecified(&self) -> bool {
         let words = self.to_be32s();
-        words[3] == 0 && (words[2] == 0 || words[2] == MAPPED) && words[1] == 0 && words[0] == 0
+        words[0] | words[1] | words[3] == 0 && (words[2] == 0 || words[2] == MAPPED)
     }
 
     /// Whether this is in `127.0.0.0/8`, or `::1`.
@@ -90,7 +90,7 @@ impl Address {
         if self.is_v4() {
             u32::from_be(words[3]) >> 24 == 127
         } else {
-            words == [0, 0, 0, 1u32.to_be()]
+            words[0] | words[1] | words[2] | (words[3] ^ 1u32.to_be()) == 0
         }
     }
 
@@ -108,12 +108,13 @@ impl Address {
 }
 
 // Word by word: a comparison of octets would become a call to `memcmp`, which
-// kernel programs don't have.
+// kernel programs don't have. And without a branch for each word, because the
+// verifier walks every way through them.
 impl PartialEq for Address {
     #[inline(always)]
     fn eq(&self, other: &Self) -> bool {
         let (a, b) = (self.to_be32s(), other.to_be32s());
-        a[3] == b[3] && a[2] == b[2] && a[1] == b[1] && a[0] == b[0]
+        (a[0] ^ b[0]) | (a[1] ^ b[1]) | (a[2] ^ b[2]) | (a[3] ^ b[3]) == 0
     }
 }
 
