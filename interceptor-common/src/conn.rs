@@ -94,6 +94,12 @@ impl Address {
         }
     }
 
+    /// Whether this is in `fe80::/10`: what it means depends on the interface.
+    #[inline(always)]
+    pub fn is_link_local_v6(&self) -> bool {
+        u32::from_be(self.to_be32s()[0]) >> 22 == 0xfe80 >> 6
+    }
+
     /// Whether no TCP connection can be made to this address: IPv4 multicast
     /// and limited broadcast, IPv6 multicast. The kernel's own error stands.
     #[inline(always)]
@@ -321,6 +327,19 @@ mod tests {
             assert_eq!(a.is_loopback(), loopback, "{text}");
             assert_eq!(a.is_unspecified(), unspecified, "{text}");
             assert_eq!(a.is_multicast_or_broadcast(), multicast, "{text}");
+        }
+    }
+
+    #[test]
+    fn link_local_is_ten_bits() {
+        for (text, link_local) in [
+            ("fe80::1", true),
+            ("febf:ffff::", true),
+            ("fec0::", false),
+            ("fe7f:ffff::", false),
+            ("169.254.0.1", false),
+        ] {
+            assert_eq!(address(text).is_link_local_v6(), link_local, "{text}");
         }
     }
 

@@ -208,7 +208,8 @@ pub(crate) struct SockAddrIn6 {
     port: u16,
     flow_info: u32,
     address: [u32; 4],
-    scope_id: u32,
+    /// The interface of a link-local address.
+    pub(crate) scope_id: u32,
 }
 
 impl From<Endpoint> for SockAddrIn6 {

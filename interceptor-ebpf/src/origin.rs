@@ -12,7 +12,8 @@ use interceptor_common::conn::{Endpoint, TCP, is_proxy_address_v4};
 use crate::{
     context::{SockAddrIn, SockAddrIn6, bound, read},
     kernel,
-    maps::origins,
+    listeners::proxy_port,
+    maps::{self, origins},
 };
 
 const SOL_IP: i32 = 0;
@@ -48,7 +49,11 @@ pub(crate) fn getsockopt(ctx: SockoptContext) -> i32 {
     if level == SOL_IP && destination.address.is_v4() {
         answer(context, SockAddrIn::from(destination));
     } else if level == SOL_IPV6 && !destination.address.is_v4() {
-        answer(context, SockAddrIn6::from(destination));
+        let mut address = SockAddrIn6::from(destination);
+        if destination.address.is_link_local_v6() {
+            address.scope_id = read!(sk, bound_dev_if);
+        }
+        answer(context, address);
     }
     CONTINUE
 }
@@ -69,7 +74,9 @@ fn original_destination(context: *const bpf_sockopt, sk: *mut bpf_sock) -> Optio
         // After a reset the socket has given its number back.
         local.port = kernel::source_port(sk);
     }
-    if is_proxy_address_v4(&local.address) {
+    if is_proxy_address_v4(&local.address)
+        && matches!(maps::settings(), Some(settings) if proxy_port(settings, local.port).is_some())
+    {
         // Redirected, and forgotten for want of memory: no answer, because the
         // proxy would connect to itself.
         return None;

@@ -10,7 +10,7 @@ mod plain;
 mod routes;
 mod view;
 
-pub use attach::{Attached, Request, attach, detach};
+pub use attach::{Attached, Request, attach, detach, need_root};
 pub use object::{ForeignProgram, LogLevel, ProgramSize, foreign_programs, load_only};
 pub use pins::{DEFAULT_ROOT, Pins};
 pub use view::{

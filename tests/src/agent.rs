@@ -9,7 +9,7 @@ use std::{
     collections::HashMap,
     io::{BufRead, BufReader, Write},
     net::SocketAddr,
-    process::{Child, ChildStdin, ChildStdout, Stdio},
+    process::{Child, ChildStderr, ChildStdin, ChildStdout, Stdio},
     sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc},
     thread,
     time::Duration,
@@ -192,10 +192,13 @@ impl Agent {
             .command(host, Credentials::ROOT, &program)?
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
             .spawn()
             .with_context(|| format!("start {} in the {host:?}", program.display()))?;
         let stdin = child.stdin.take().context("the agent's stdin")?;
         let stdout = child.stdout.take().context("the agent's stdout")?;
+        let stderr = child.stderr.take().context("the agent's stderr")?;
+        thread::spawn(move || complain(stderr));
         let waiting = Waiting::new(Mutex::new(Some(HashMap::new())));
         thread::spawn({
             let waiting = Arc::clone(&waiting);
@@ -296,6 +299,16 @@ fn dispatch(stdout: ChildStdout, waiting: &Waiting) {
     }
     // Ends every wait.
     *lock(waiting) = None;
+}
+
+/// Passes on what the agent says of its own failures. (With the harness's own
+/// standard error, it would keep that open.)
+#[expect(clippy::print_stderr, reason = "it is what the agent printed there")]
+fn complain(stderr: ChildStderr) {
+    for line in BufReader::new(stderr).lines() {
+        let Ok(line) = line else { return };
+        eprintln!("agent: {line}");
+    }
 }
 
 /// Locks, whether or not another thread panicked meanwhile: what these locks

@@ -2,6 +2,7 @@
 //! them, the chains of live iptables, and the table of cases to compare.
 
 pub mod agent;
+pub mod bench;
 pub mod bpf;
 pub mod cases;
 pub mod cgroup;

@@ -183,42 +183,58 @@ fn attaching_in_another_way_is_refused() -> Result<()> {
     Ok(())
 }
 
+/// When to kill.
+#[derive(Clone, Copy, Debug)]
+enum Moment {
+    /// After this part of the time that attaching takes, in percent.
+    Percent(u32),
+    /// So long after it began to pin.
+    Pinning(Duration),
+}
+
 #[test]
 fn killed_at_any_moment_it_leaves_nothing_half() -> Result<()> {
-    const TIMES: u32 = 40;
+    let moments = (0..20)
+        .map(|time| Moment::Percent(5 * time))
+        .chain((0..20).map(|time| Moment::Pinning(Duration::from_micros(300) * time)));
     let world = World::new()?;
     let _proxy = world.start_proxy(&EVERYWHERE)?;
-    let start = Instant::now();
-    world.cli.attach(&world.pod)?;
-    let whole = start.elapsed();
-    world.cli.detach(world.name())?;
-
+    let staging = world.cli.pins().join(format!("{}+attaching", world.name()));
+    let mut takes = Duration::ZERO;
     let (mut killed, mut half) = (0, 0);
-    for time in 0..TIMES {
+    for moment in moments {
         let mut attaching = world
             .cli
             .attach_command(&world.pod)?
             .stdout(Stdio::null())
             .spawn()?;
-        thread::sleep(whole * time / TIMES);
+        match moment {
+            Moment::Percent(part) => thread::sleep(takes * part / 100),
+            Moment::Pinning(after) => {
+                while !staging.exists() && attaching.try_wait()?.is_none() {
+                    thread::yield_now();
+                }
+                thread::sleep(after);
+            }
+        }
         attaching.kill()?;
         if !attaching.wait()?.success() {
             killed += 1;
         }
         let left = world.cli.directories()?;
+        let took = takes;
+        let context = || format!("killed at {moment:?} of {took:?}, left {left:?}");
         if left.iter().any(|name| name.contains('+')) {
             half += 1;
         } else if !left.is_empty() {
             // What is there under the pod's own name is whole.
-            world.cli.status(world.name())?;
+            world.cli.status(world.name()).with_context(context)?;
         }
-        let context = || {
-            format!(
-                "after {:?} of {whole:?}, left {left:?}",
-                whole * time / TIMES
-            )
-        };
+        let start = Instant::now();
         world.cli.attach(&world.pod).with_context(context)?;
+        if left.is_empty() {
+            takes = start.elapsed();
+        }
         ensure!(world.cli.directories()? == [world.name()], "{}", context());
         world.assert_intercepted().with_context(context)?;
         let objects = objects(&world.cli, world.name())?;
@@ -227,32 +243,36 @@ fn killed_at_any_moment_it_leaves_nothing_half() -> Result<()> {
         world.assert_left_alone().with_context(context)?;
     }
     // Else nothing was tried.
-    ensure!(killed >= TIMES / 2, "killed only {killed} times");
-    println!("killed {killed} of {TIMES} times, {half} times in the middle of pinning");
+    ensure!(
+        killed >= 30 && half >= 5,
+        "killed only {killed} times, {half} times while it pinned"
+    );
     Ok(())
 }
 
 #[test]
-fn detaching_cleans_up_after_one_that_was_killed() -> Result<()> {
+fn what_one_that_was_killed_left_is_cleaned_up() -> Result<()> {
     let (pod, cli) = (Pod::new()?, Cli::new()?);
-    cli.attach(&pod)?;
-    let objects = objects(&cli, pod.name())?;
-    // What a kill in the middle of attaching or of detaching leaves.
     for half in ["attaching", "detaching"] {
-        let whole = cli.pins().join(pod.name());
-        if !whole.exists() {
+        for next in ["attach", "detach"] {
             cli.attach(&pod)?;
+            let objects = objects(&cli, pod.name())?;
+            fs::rename(
+                cli.pins().join(pod.name()),
+                cli.pins().join(format!("{}+{half}", pod.name())),
+            )?;
+            if next == "attach" {
+                ensure!(cli.attach(&pod)? == "newly");
+                cli.detach(pod.name())?;
+            } else {
+                // There was no whole one.
+                assert_refused(
+                    cli.command()?.args(["detach", "--pod", pod.name()]),
+                    &["no pod"],
+                )?;
+            }
+            assert_nothing_left(&cli, &pod, &objects).context(half)?;
         }
-        fs::rename(whole, cli.pins().join(format!("{}+{half}", pod.name())))?;
-        let error = assert_refused(
-            cli.command()?.args(["detach", "--pod", pod.name()]),
-            &["no pod"],
-        );
-        // That there was no whole one may be said, or not.
-        if let Err(error) = error {
-            println!("{half}: {error:#}");
-        }
-        assert_nothing_left(&cli, &pod, &objects).context(half)?;
     }
     Ok(())
 }
@@ -485,7 +505,12 @@ fn a_wrong_network_namespace_is_refused() -> Result<()> {
     child.wait()?;
     assert_refused(&mut on(&pid)?, &[&pid, "PID of one of the pod's processes"])?;
     assert_refused(&mut on("99999999999999999999")?, &["no network namespace"])?;
-    for host in ["/proc/1/ns/net", "1", "/proc/self/ns/net"] {
+    let mut hosts = vec!["/proc/self/ns/net"];
+    // In some containers root may not look at process 1.
+    if fs::metadata("/proc/1/ns/net").is_ok() {
+        hosts.extend(["/proc/1/ns/net", "1"]);
+    }
+    for host in hosts {
         assert_refused(
             &mut on(host)?,
             &["the machine's own network namespace", "--allow-host"],

@@ -3,7 +3,7 @@
 
 use std::{process::Command, time::Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Result, ensure};
 
 use crate::{
     compile::HOST,
@@ -11,27 +11,43 @@ use crate::{
     setup::{self, Need, toolchain},
 };
 
-/// Checks all, one after the other.
+/// Makes all the checks, whatever the ones before find.
 ///
 /// # Errors
 ///
-/// At the first that finds something, or if something is missing.
+/// If one finds something, or something is missing.
 pub(crate) fn run() -> Result<()> {
-    check("format", &mut cargo(&["fmt", "--all", "--check"]))?;
     setup::ensure(&[Need::Kernel, Need::Clippy])?;
-    check(
-        "clippy",
-        cargo(&["clippy"])
-            .args(HOST)
-            .args(["--all-targets", "--", "-D", "warnings"]),
-    )?;
-    check("clippy, the kernel programs", &mut kernel_clippy())?;
-    check(
-        "documentation",
-        cargo(&["doc", "--no-deps", "--document-private-items"])
-            .args(HOST)
-            .env("RUSTDOCFLAGS", "-D warnings"),
-    )
+    let mut failed = Vec::new();
+    for (what, mut command) in checks() {
+        let start = Instant::now();
+        let result = process::run(&mut command);
+        let time = start.elapsed().as_secs();
+        match result {
+            Ok(()) => println!("lint: {what}: ok, {time} s"),
+            Err(error) => {
+                eprintln!("lint: {what}: FAILED, {time} s: {error:#}");
+                failed.push(what);
+            }
+        }
+    }
+    ensure!(failed.is_empty(), "lint: failed: {}", failed.join(", "));
+    Ok(())
+}
+
+fn checks() -> [(&'static str, Command); 4] {
+    let mut clippy = cargo(&["clippy"]);
+    clippy
+        .args(HOST)
+        .args(["--all-targets", "--", "-D", "warnings"]);
+    let mut documentation = cargo(&["doc", "--no-deps", "--document-private-items"]);
+    documentation.args(HOST).env("RUSTDOCFLAGS", "-D warnings");
+    [
+        ("format", cargo(&["fmt", "--all", "--check"])),
+        ("clippy", clippy),
+        ("clippy for the kernel programs", kernel_clippy()),
+        ("documentation", documentation),
+    ]
 }
 
 /// Clippy as the kernel programs are built: for their own target, with core
@@ -55,10 +71,3 @@ const TARGET: &str = if cfg!(target_endian = "big") {
 } else {
     "bpfel-unknown-none"
 };
-
-fn check(what: &str, command: &mut Command) -> Result<()> {
-    let start = Instant::now();
-    process::run(command).with_context(|| format!("lint: {what}"))?;
-    println!("lint: {what}: ok, {} s", start.elapsed().as_secs());
-    Ok(())
-}

@@ -78,19 +78,21 @@ pub(crate) fn is_root() -> bool {
     nix::unistd::geteuid().is_root()
 }
 
-/// Fails if this process isn't root's; `arguments` are those of the command
-/// that needs it.
+/// Fails if this process isn't root's.
 ///
 /// # Errors
 ///
-/// Then.
-pub(crate) fn require_root(arguments: &str) -> Result<()> {
-    ensure!(
-        is_root(),
-        "this makes network namespaces and attaches kernel programs, which needs root. Run it as\n    \
-         sudo -E env \"PATH=$PATH\" cargo xtask {arguments}"
-    );
-    Ok(())
+/// Then; the error has the command to type instead of this one.
+pub(crate) fn require_root() -> Result<()> {
+    if is_root() {
+        return Ok(());
+    }
+    let arguments: Vec<String> = env::args().skip(1).collect();
+    bail!(
+        "this makes network namespaces and attaches kernel programs, which needs root. Run:\n    \
+         sudo -E env \"PATH=$PATH\" cargo xtask {}",
+        arguments.join(" ")
+    )
 }
 
 /// Runs a command to its end; what it prints is shown.

@@ -82,7 +82,7 @@ impl Args {
 ///
 /// If something is missing, the build fails, or this isn't root's process.
 pub(crate) fn run(args: &Args) -> Result<()> {
-    require_root(&format!("run {}", args.words().join(" ")))?;
+    require_root()?;
     setup::ensure(&args.needs())?;
     compile::debug(&["interceptor", "interceptor-agent", "interceptor-demo"])?;
     let program = target()?.join("debug/interceptor-demo");

@@ -53,8 +53,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         Which::All => (true, true),
     };
     if pod {
-        let what = if unit { "test" } else { "test pod" };
-        require_root(what).context("`cargo xtask test unit` runs those that need no root")?;
+        require_root()?;
         setup::ensure(setup::PODS)?;
     } else {
         setup::ensure(&[Need::Kernel])?;

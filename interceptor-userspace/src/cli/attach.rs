@@ -91,6 +91,7 @@ impl From<Level> for LogLevel {
 
 pub(crate) fn run(args: Args, pins: &Pins, output: Output) -> anyhow::Result<()> {
     let settings = settings(&args)?;
+    datapath::need_root()?;
     let cgroup = Cgroup::open(&args.cgroup)?;
     let netns = Netns::open(&args.netns)?;
     let attached = datapath::attach(

@@ -61,19 +61,21 @@ pub enum Attached {
 pub fn attach(pins: &Pins, request: &Request<'_>) -> Result<Attached> {
     need_root()?;
     refuse_host(request)?;
-    let lock = pins.lock()?;
-    lock.remove_leftovers(pins, request.pod)?;
+    let _lock = pins.lock()?;
+    remove_leftovers(pins, request.pod)?;
 
     let directory = pins.pod(request.pod);
     if directory.exists() {
         return attach_again(request, &directory);
     }
 
-    let passthrough = PassthroughAddress::add(request)?;
-    let routes = routes::read(request.netns)?;
+    let address = request.settings.passthrough_v6.octets.into();
+    let add_address = !routes::has_passthrough(request.netns, address)?;
     let mut object = Object::load(request.netns.id(), request.log_level)?;
-    fill(&mut object, request, passthrough.added, &routes)?;
+    write_settings(&mut object, request)?;
+    write_attachment(&mut object, request, add_address)?;
 
+    // From here on, what a kill leaves tells `take_apart` what to take back.
     let staging = Staging::make(pins.attaching(request.pod))?;
     for name in MAPS {
         let path = staging.map(name);
@@ -81,19 +83,36 @@ pub fn attach(pins: &Pins, request: &Request<'_>) -> Result<Attached> {
             Error::system(format!("pinning {}", path.display()))(io::Error::other(error))
         })?;
     }
+    let passthrough = add_address
+        .then(|| PassthroughAddress::add(request.netns, address))
+        .transpose()?;
+    if passthrough.as_ref().is_some_and(|address| !address.added) {
+        write_attachment(&mut object, request, false)?;
+    }
+    write_routes(
+        &mut object.map_mut("ROUTES")?,
+        &routes::read(request.netns)?,
+    )?;
+
+    // Pinned when all are attached: until then a kill detaches them all.
+    let mut links = Vec::with_capacity(LINKS.len());
     for hook in &LINKS {
-        let link = object.attach(hook, request.cgroup, request.netns)?;
-        let path = staging.link(hook.program);
-        link.pin(&path)
-            .map_err(Error::system(format!("pinning {}", path.display())))?;
+        links.push(object.attach(hook, request.cgroup, request.netns)?);
         if hook.program == "sock_ops" {
             // New listeners register themselves from here on; nothing looks
             // for them yet.
             object.register_listeners(request.netns)?;
         }
     }
+    for (hook, link) in LINKS.iter().zip(&links) {
+        let path = staging.link(hook.program);
+        link.pin(&path)
+            .map_err(Error::system(format!("pinning {}", path.display())))?;
+    }
     staging.keep_as(&directory)?;
-    passthrough.keep();
+    if let Some(passthrough) = passthrough {
+        passthrough.keep();
+    }
     Ok(Attached::Newly)
 }
 
@@ -104,8 +123,8 @@ pub fn attach(pins: &Pins, request: &Request<'_>) -> Result<Attached> {
 /// If there is no such pod, or its pins can't be removed.
 pub fn detach(pins: &Pins, pod: &PodName) -> Result<()> {
     need_root()?;
-    let lock = pins.lock()?;
-    lock.remove_leftovers(pins, pod)?;
+    let _lock = pins.lock()?;
+    remove_leftovers(pins, pod)?;
     let directory = pins.pod(pod);
     if !directory.exists() {
         return Err(Error::NotAttached {
@@ -113,17 +132,33 @@ pub fn detach(pins: &Pins, pod: &PodName) -> Result<()> {
             path: directory,
         });
     }
-    // A damaged attachment can be detached too.
-    let opened = Opened::open(pod, &directory).ok();
     let detaching = pins.detaching(pod);
     fs::rename(&directory, &detaching).map_err(Error::system(format!(
         "renaming {} to {}",
         directory.display(),
         detaching.display()
     )))?;
+    take_apart(pod, &detaching)
+}
+
+/// Removes what a process that was killed has left of `pod`.
+fn remove_leftovers(pins: &Pins, pod: &PodName) -> Result<()> {
+    for directory in [pins.attaching(pod), pins.detaching(pod)] {
+        if directory.exists() {
+            take_apart(pod, &directory)?;
+        }
+    }
+    Ok(())
+}
+
+/// Detaches what is pinned in `directory` and removes it. May be interrupted
+/// and begun again.
+fn take_apart(pod: &PodName, directory: &Path) -> Result<()> {
+    // A damaged attachment can be taken apart too.
+    let opened = Opened::open(pod, directory).ok();
     // First what redirects, last what redirected connections need.
     for hook in LINKS.iter().rev() {
-        let path = link_pin(&detaching, hook.program);
+        let path = link_pin(directory, hook.program);
         match fs::remove_file(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 return Err(Error::system(format!("removing {}", path.display()))(error));
@@ -131,7 +166,6 @@ pub fn detach(pins: &Pins, pod: &PodName) -> Result<()> {
             _ => {}
         }
     }
-    pins::remove(&detaching)?;
     if let Some(opened) = opened
         && opened.attachment.passthrough_v6_added != 0
         && let Some(netns) = Netns::find(NetnsId {
@@ -141,7 +175,7 @@ pub fn detach(pins: &Pins, pod: &PodName) -> Result<()> {
     {
         routes::remove_passthrough(&netns, opened.settings.passthrough_v6.octets.into())?;
     }
-    Ok(())
+    pins::remove(directory)
 }
 
 /// The pod has a directory of pins: the same attachment is done, another one
@@ -191,22 +225,22 @@ fn attachment(request: &Request<'_>, passthrough_v6_added: bool) -> Attachment {
     }
 }
 
-fn fill(
-    object: &mut Object,
-    request: &Request<'_>,
-    passthrough_v6_added: bool,
-    routes: &Routes,
-) -> Result<()> {
+fn write_settings(object: &mut Object, request: &Request<'_>) -> Result<()> {
     let mut settings: Array<_, Plain<Settings>> = object.map_mut("SETTINGS")?;
     settings
         .set(0, Plain(*request.settings), 0)
-        .map_err(Error::map("writing", "SETTINGS"))?;
+        .map_err(Error::map("writing", "SETTINGS"))
+}
+
+fn write_attachment(
+    object: &mut Object,
+    request: &Request<'_>,
+    passthrough_v6_added: bool,
+) -> Result<()> {
     let mut attachments: Array<_, Plain<Attachment>> = object.map_mut("ATTACHMENT")?;
     attachments
         .set(0, Plain(attachment(request, passthrough_v6_added)), 0)
-        .map_err(Error::map("writing", "ATTACHMENT"))?;
-    let mut map: RoutesMap<_> = object.map_mut("ROUTES")?;
-    write_routes(&mut map, routes)
+        .map_err(Error::map("writing", "ATTACHMENT"))
 }
 
 type RoutesMap<T> = LpmTrie<T, Plain<Address>, Plain<Route>>;
@@ -248,7 +282,12 @@ where
     Ok(())
 }
 
-fn need_root() -> Result<()> {
+/// Whether this process may attach programs.
+///
+/// # Errors
+///
+/// If it isn't root's.
+pub fn need_root() -> Result<()> {
     if nix::unistd::geteuid().is_root() {
         Ok(())
     } else {
@@ -281,12 +320,11 @@ struct PassthroughAddress<'a> {
 }
 
 impl<'a> PassthroughAddress<'a> {
-    fn add(request: &Request<'a>) -> Result<Self> {
-        let address = request.settings.passthrough_v6.octets.into();
+    fn add(netns: &'a Netns, address: std::net::Ipv6Addr) -> Result<Self> {
         Ok(Self {
-            netns: request.netns,
+            netns,
             address,
-            added: routes::add_passthrough(request.netns, address)?,
+            added: routes::add_passthrough(netns, address)?,
             kept: false,
         })
     }

@@ -136,14 +136,6 @@ impl Drop for Lock {
     }
 }
 
-impl Lock {
-    /// Removes what a process that was killed has left of `pod`.
-    pub(crate) fn remove_leftovers(&self, pins: &Pins, pod: &PodName) -> Result<()> {
-        remove(&pins.attaching(pod))?;
-        remove(&pins.detaching(pod))
-    }
-}
-
 /// Removes a directory of pins, if it is there.
 pub(crate) fn remove(directory: &Path) -> Result<()> {
     match fs::remove_dir_all(directory) {

@@ -77,6 +77,23 @@ pub(crate) fn read(netns: &Netns) -> Result<Routes> {
     })
 }
 
+/// Whether `lo` has the IPv6 passthrough address.
+pub(crate) fn has_passthrough(netns: &Netns, address: Ipv6Addr) -> Result<bool> {
+    with_netlink(netns, async |handle| {
+        let request = handle
+            .address()
+            .get()
+            .set_link_index_filter(LOOPBACK)
+            .set_address_filter(address.into());
+        let mut answers = Box::pin(request.execute());
+        answers
+            .try_next()
+            .await
+            .map(|answer| answer.is_some())
+            .map_err(failed("reading addresses"))
+    })
+}
+
 /// Adds the IPv6 passthrough address to `lo`, as the mesh's own tool does: the
 /// proxy can't bind to it otherwise. False if it was there, or if the
 /// namespace has no IPv6.

@@ -15,6 +15,7 @@ use interceptor_common::{
 use serde::Serialize;
 
 use super::{
+    attach::need_root,
     bpf::{Link, LinkTarget},
     object::{LINKS, MAPS},
     pins::{Pins, link_pin, map_pin},
@@ -130,6 +131,7 @@ pub struct RuleView {
 ///
 /// If the pins can't be read.
 pub fn pods(pins: &Pins) -> Result<Vec<PodName>> {
+    need_root()?;
     pins.pods()
 }
 
@@ -204,6 +206,7 @@ pub fn chains(pins: &Pins, pod: &PodName) -> Result<Vec<ChainView>> {
 
 impl Opened {
     fn of(pins: &Pins, pod: &PodName) -> Result<Self> {
+        need_root()?;
         let directory = pins.pod(pod);
         if !directory.exists() {
             return Err(Error::NotAttached {

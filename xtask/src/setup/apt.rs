@@ -17,25 +17,32 @@ pub(super) fn is_here() -> bool {
 ///
 /// If apt fails.
 pub(super) fn unknown<'a>(packages: &[&'a str]) -> Result<Vec<&'a str>> {
-    let mut missing = lacking(packages)?;
+    let mut missing = lacking(packages, CANDIDATE)?;
     if !missing.is_empty() && is_root() {
         update()?;
-        missing = lacking(packages)?;
+        missing = lacking(packages, CANDIDATE)?;
     }
     Ok(missing)
 }
 
-/// Installs the packages, and removes none for them.
+/// Installs those of the packages that aren't yet, and removes none for them.
 ///
 /// # Errors
 ///
 /// If this machine has no apt, this isn't root's process, or apt fails; the
 /// error says what to do.
 pub(super) fn install(packages: &[&str]) -> Result<()> {
-    let names = packages.join(" ");
     if !is_here() {
-        bail!("install what Debian has as {names}; there is no apt-get here to do it");
+        bail!(
+            "install what Debian has as {}; there is no apt-get here to do it",
+            packages.join(" ")
+        );
     }
+    let packages = &lacking(packages, INSTALLED)?[..];
+    if packages.is_empty() {
+        return Ok(());
+    }
+    let names = packages.join(" ");
     if !is_root() {
         bail!("run: sudo apt-get install --no-install-recommends {names}");
     }
@@ -65,14 +72,20 @@ fn update() -> Result<()> {
     step("apt-get update", command("apt-get").arg("update"))
 }
 
-fn lacking<'a>(packages: &[&'a str]) -> Result<Vec<&'a str>> {
+/// What `apt-cache policy` says of a package: the version that is there, and
+/// the one that `apt-get install` would leave there.
+const INSTALLED: &str = "  Installed: ";
+const CANDIDATE: &str = "  Candidate: ";
+
+/// Those of the packages that have no version of this sort.
+fn lacking<'a>(packages: &[&'a str], sort: &str) -> Result<Vec<&'a str>> {
     let policy = output(
         command("apt-cache")
             .arg("policy")
             .args(packages)
             .env("LC_ALL", "C"),
     )?;
-    let known = candidates(&policy);
+    let known = having(&policy, sort);
     Ok(packages
         .iter()
         .copied()
@@ -80,12 +93,12 @@ fn lacking<'a>(packages: &[&'a str]) -> Result<Vec<&'a str>> {
         .collect())
 }
 
-/// The packages that `apt-cache policy` names a version of.
-fn candidates(policy: &str) -> Vec<&str> {
+/// The packages that `apt-cache policy` names a version of this sort for.
+fn having<'a>(policy: &'a str, sort: &str) -> Vec<&'a str> {
     let mut known = Vec::new();
     let mut package = "";
     for line in policy.lines() {
-        if let Some(version) = line.strip_prefix("  Candidate: ") {
+        if let Some(version) = line.strip_prefix(sort) {
             if version != "(none)" {
                 known.push(package);
             }
@@ -101,7 +114,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_package_without_a_version_cannot_be_installed() {
+    fn a_package_without_a_version_is_not_there() {
         let policy = "\
 iptables:
   Installed: (none)
@@ -116,6 +129,7 @@ bpftool:
   Installed: 7.1
   Candidate: 7.1
 ";
-        assert_eq!(candidates(policy), ["iptables", "bpftool"]);
+        assert_eq!(having(policy, CANDIDATE), ["iptables", "bpftool"]);
+        assert_eq!(having(policy, INSTALLED), ["bpftool"]);
     }
 }

@@ -1,0 +1,125 @@
+//! What is compared: ways of intercepting a pod's connections, and none.
+
+use std::{fmt, net::Ipv4Addr};
+
+use anyhow::Result;
+
+use super::load::Targets;
+use crate::{
+    cli::Cli,
+    command::run,
+    iptables::{self, Flavour},
+    pod::Pod,
+};
+
+/// A way to intercept a pod's connections, or not to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mode {
+    /// No interception: the client dials the proxy itself. What the others are
+    /// compared with.
+    Direct,
+    /// The same once more, in a pod of its own. By how much it differs from the
+    /// first is the noise.
+    DirectAgain,
+    /// The chains of live iptables.
+    Iptables(Flavour),
+    /// Interceptor: how the mode is called, and the flags of `attach` for it.
+    Interceptor(&'static str, &'static [&'static str]),
+}
+
+impl Mode {
+    /// All of them. Whatever mode `interceptor attach` offers has a line here.
+    pub(crate) const ALL: [Self; 5] = [
+        Self::Direct,
+        Self::DirectAgain,
+        Self::Iptables(Flavour::Nft),
+        Self::Iptables(Flavour::Legacy),
+        Self::Interceptor("interceptor", &[]),
+    ];
+
+    /// Whether connections are intercepted.
+    pub(crate) const fn intercepts(self) -> bool {
+        !matches!(self, Self::Direct | Self::DirectAgain)
+    }
+
+    /// Starts to intercept the pod's connections. What is returned ends that
+    /// when it is dropped; chains go with the pod's network namespace.
+    pub(crate) fn install(self, pod: &Pod) -> Result<Option<Cli>> {
+        match self {
+            Self::Direct | Self::DirectAgain => Ok(None),
+            Self::Iptables(flavour) => {
+                iptables::install(pod, flavour)?;
+                // The kernel's own default: the suites have less.
+                pod.netns()
+                    .sysctl("netfilter/nf_conntrack_tcp_timeout_time_wait", "120")?;
+                Ok(None)
+            }
+            Self::Interceptor(_, flags) => {
+                let cli = Cli::new()?;
+                run(cli.attach_command(pod)?.args(flags))?;
+                Ok(Some(cli))
+            }
+        }
+    }
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Direct => "direct",
+            Self::DirectAgain => "direct-again",
+            Self::Iptables(Flavour::Nft) => "iptables-nft",
+            Self::Iptables(Flavour::Legacy) => "iptables-legacy",
+            Self::Interceptor(name, _) => name,
+        })
+    }
+}
+
+/// From where to where connections go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Path {
+    /// From the pod's application to its proxy's port 15001.
+    Outbound,
+    /// From the peer to the pod's proxy's port 15006.
+    Inbound,
+    /// From a pod's application through its proxy, and through another pod's
+    /// proxy, to that pod's application.
+    Pair,
+}
+
+impl Path {
+    /// Where the client connects to.
+    pub(crate) fn targets(self, mode: Mode) -> Targets {
+        let (address, port) = match (self, mode.intercepts()) {
+            (Self::Outbound | Self::Pair, false) => (Ipv4Addr::LOCALHOST, 15001),
+            (Self::Outbound, true) => (Ipv4Addr::new(10, 77, 0, 1), 8080),
+            (Self::Inbound, false) => (Ipv4Addr::new(10, 77, 0, 2), 15006),
+            (Self::Inbound, true) => (Ipv4Addr::new(10, 77, 0, 2), 8080),
+            (Self::Pair, true) => (Ipv4Addr::new(10, 78, 0, 2), 8080),
+        };
+        Targets::one(address, port)
+    }
+
+    /// Where it connects to, if that is to be many destinations. (Without
+    /// interception it is the proxy's address all the same.)
+    pub(crate) fn many_targets(self, mode: Mode) -> Targets {
+        if mode.intercepts() {
+            Targets {
+                count: 1000,
+                ..Targets::one(Ipv4Addr::new(10, 99, 0, 1), 8080)
+            }
+        } else {
+            self.targets(mode)
+        }
+    }
+}
+
+impl fmt::Display for Path {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Outbound => "outbound",
+            Self::Inbound => "inbound",
+            Self::Pair => "pair",
+        })
+    }
+}

@@ -1,0 +1,236 @@
+//! Rounds: each measures everything once in every mode, one mode right after
+//! the other, in an order that changes. So modes are compared under the same
+//! conditions, whatever else the machine is doing.
+
+use std::{collections::BTreeMap, time::Instant};
+
+use anyhow::{Context as _, Result};
+
+use super::{
+    load::Close,
+    mode::{Mode, Path},
+    stage::{Stage, check_interrupted},
+    worker::{Job, Measured},
+};
+
+/// A measure's values, one of each round.
+pub(crate) type Series = Vec<f64>;
+
+/// What was measured.
+#[derive(Debug, Default)]
+pub(crate) struct Data {
+    series: BTreeMap<(Path, &'static str), Vec<(Mode, Series)>>,
+}
+
+impl Data {
+    fn add(&mut self, path: Path, measure: &'static str, mode: Mode, value: f64) {
+        let modes = self.series.entry((path, measure)).or_default();
+        match modes.iter_mut().find(|(of, _)| *of == mode) {
+            Some((_, series)) => series.push(value),
+            None => modes.push((mode, vec![value])),
+        }
+    }
+
+    /// All measures, and for each the modes with their values.
+    pub(crate) fn measures(&self) -> impl Iterator<Item = (Path, &'static str, &[(Mode, Series)])> {
+        self.series
+            .iter()
+            .map(|((path, measure), modes)| (*path, *measure, modes.as_slice()))
+    }
+}
+
+/// A job that every mode does in a round.
+struct Step {
+    job: fn(Path, Mode) -> Job,
+    /// In each how-manieth round, because it takes long.
+    every: usize,
+    /// What is to be done before.
+    before: Before,
+    /// Which measures come out of it.
+    measures: &'static [(&'static str, fn(&Measured) -> f64)],
+}
+
+/// What happens before a job, and isn't measured.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Before {
+    Nothing,
+    /// Ends what is left in `TIME_WAIT`.
+    Flush,
+    /// Has that many connections be in `TIME_WAIT`.
+    Fill(u32),
+}
+
+/// Of the 28,232 ports to connect from, as the kernel has it by default.
+const TIME_WAITS: u32 = 20_000;
+
+const STEPS: &[Step] = &[
+    Step {
+        job: |path, mode| Job::Connections {
+            to: path.targets(mode),
+            close: Close::Rst,
+            request: false,
+            count: 2000,
+        },
+        every: 1,
+        before: Before::Nothing,
+        measures: &[
+            ("connect_p50", |m| m.p50_ns),
+            ("connect_p99", |m| m.p99_ns),
+            ("connect_close_rst", |m| m.unit_ns),
+            ("cpu_per_connection", |m| m.cpu_ns),
+            ("machine_per_connection", |m| {
+                m.machine_ns / f64::from(m.units)
+            }),
+        ],
+    },
+    Step {
+        job: |path, mode| Job::Connections {
+            to: path.targets(mode),
+            close: Close::Fin,
+            request: false,
+            count: 2000,
+        },
+        every: 1,
+        before: Before::Flush,
+        measures: &[("connect_close_fin", |m| m.unit_ns)],
+    },
+    Step {
+        job: |path, mode| Job::Connections {
+            to: path.targets(mode),
+            close: Close::Fin,
+            request: false,
+            count: 1000,
+        },
+        every: 8,
+        before: Before::Fill(TIME_WAITS),
+        measures: &[("connect_close_fin_timewait", |m| m.unit_ns)],
+    },
+    Step {
+        job: |path, mode| Job::Connections {
+            to: path.many_targets(mode),
+            close: Close::Rst,
+            request: false,
+            count: 2000,
+        },
+        every: 1,
+        before: Before::Nothing,
+        measures: &[("connect_close_rst_many", |m| m.unit_ns)],
+    },
+    Step {
+        job: |path, mode| Job::Connections {
+            to: path.targets(mode),
+            close: Close::Rst,
+            request: true,
+            count: 2000,
+        },
+        every: 1,
+        before: Before::Nothing,
+        measures: &[("connect_request_close", |m| m.unit_ns)],
+    },
+    Step {
+        job: |path, mode| Job::Rate {
+            to: path.targets(mode),
+            count: 2000,
+        },
+        every: 2,
+        before: Before::Nothing,
+        measures: &[("connections_per_second", |m| 1e9 / m.unit_ns)],
+    },
+    Step {
+        job: |path, mode| Job::RoundTrips {
+            to: path.targets(mode),
+            count: 4000,
+        },
+        every: 1,
+        before: Before::Nothing,
+        measures: &[("established_round_trip", |m| m.unit_ns)],
+    },
+    Step {
+        job: |path, mode| Job::Bulk {
+            to: path.targets(mode),
+            mebibytes: 128,
+        },
+        every: 1,
+        before: Before::Nothing,
+        measures: &[
+            ("established_mib_per_second", |m| 1e9 / m.unit_ns),
+            ("cpu_per_gib", |m| m.cpu_ns * 1024.0),
+        ],
+    },
+];
+
+/// Makes rounds until the time is up or there are enough.
+#[expect(clippy::print_stderr, reason = "progress")]
+pub(crate) fn run(
+    stages: &mut [Stage],
+    paths: &[Path],
+    most: usize,
+    until: Instant,
+) -> Result<Data> {
+    let mut data = Data::default();
+    let mut said = Instant::now();
+    for round in 0..most {
+        if Instant::now() > until {
+            break;
+        }
+        if said.elapsed().as_secs() >= 5 {
+            said = Instant::now();
+            eprintln!("bench: round {}", round + 1);
+        }
+        for path in paths {
+            for step in STEPS.iter().filter(|step| round % step.every == 0) {
+                if step.before == Before::Nothing
+                    && *path == Path::Inbound
+                    && step.measures[0].0 == "connect_close_rst_many"
+                {
+                    continue;
+                }
+                for turn in 0..stages.len() {
+                    check_interrupted()?;
+                    // Each mode is first in its turn, and has each other before
+                    // it as often as after it.
+                    let turn = if round % 2 == 0 {
+                        turn
+                    } else {
+                        stages.len() - 1 - turn
+                    };
+                    let index = (turn + round / 2) % stages.len();
+                    let stage = &mut stages[index];
+                    let mode = stage.mode;
+                    let t0 = Instant::now();
+                    let measured = step
+                        .run(*path, stage)
+                        .with_context(|| format!("{path}, {mode}"))?;
+                    eprintln!(
+                        "{path} {mode} {} {:?} {:.0}",
+                        step.measures[0].0,
+                        t0.elapsed(),
+                        measured.unit_ns
+                    );
+                    for (name, value) in step.measures {
+                        data.add(*path, name, mode, value(&measured));
+                    }
+                }
+            }
+        }
+    }
+    Ok(data)
+}
+
+impl Step {
+    fn run(&self, path: Path, stage: &mut Stage) -> Result<Measured> {
+        let mode = stage.mode;
+        if self.before != Before::Nothing {
+            stage.flush()?;
+        }
+        if let Before::Fill(count) = self.before {
+            stage.worker(path)?.run(Job::Connections {
+                to: path.targets(mode),
+                close: Close::Fin,
+                request: false,
+                count,
+            })?;
+        }
+        stage.worker(path)?.run((self.job)(path, mode))
+    }
+}

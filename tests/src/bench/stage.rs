@@ -1,0 +1,115 @@
+//! A pod for each mode, with its workers.
+
+use std::{
+    process::Command,
+    sync::atomic::{AtomicBool, Ordering},
+};
+
+use anyhow::{Context as _, Result, bail};
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+
+use super::{
+    mode::{Mode, Path},
+    worker::Worker,
+};
+use crate::{
+    cli::Cli,
+    command::run,
+    inside::Inside,
+    netns::Netns,
+    pod::{Credentials, Host, Pod},
+};
+
+/// A pod in which connections are intercepted in one way, with the workers. All
+/// goes when it is dropped, in this order.
+pub(crate) struct Stage {
+    outbound: Worker,
+    inbound: Worker,
+    cli: Option<Cli>,
+    pod: Pod,
+    /// How connections are intercepted.
+    pub(crate) mode: Mode,
+}
+
+impl Stage {
+    /// Makes a pod and starts workers on a CPU.
+    pub(crate) fn new(mode: Mode, cpu: usize) -> Result<Self> {
+        let pod = Pod::new()?;
+        let cli = mode.install(&pod).with_context(|| mode.to_string())?;
+        let proxy = Inside::start(&pod, Host::Pod, Credentials::PROXY)?;
+        let start = |host, port| {
+            let listener = proxy.listen(([0, 0, 0, 0], port).into())?;
+            Worker::start(&pod, host, Some(&listener), mode.intercepts(), cpu)
+        };
+        Ok(Self {
+            outbound: start(Host::Pod, 15001)?,
+            inbound: start(Host::Peer, 15006)?,
+            cli,
+            pod,
+            mode,
+        })
+    }
+
+    /// The worker of a path.
+    pub(crate) fn worker(&mut self, path: Path) -> Result<&mut Worker> {
+        match path {
+            Path::Outbound => Ok(&mut self.outbound),
+            Path::Inbound => Ok(&mut self.inbound),
+            Path::Pair => bail!("a pair is two pods"),
+        }
+    }
+
+    /// The pod.
+    pub(crate) fn pod(&self) -> &Pod {
+        &self.pod
+    }
+
+    /// What attached the pod, if it is Interceptor's.
+    pub(crate) fn cli(&self) -> Option<&Cli> {
+        self.cli.as_ref()
+    }
+
+    /// Ends what remains of connections in `TIME_WAIT`.
+    pub(crate) fn flush(&self) -> Result<()> {
+        flush(self.pod.netns())?;
+        flush(self.pod.peer())
+    }
+}
+
+/// Ends what remains of a network namespace's connections in `TIME_WAIT`.
+pub(crate) fn flush(netns: &Netns) -> Result<()> {
+    netns.enter(|| {
+        run(Command::new("ss").args(["-K", "-H", "-t", "-n", "state", "time-wait"]))
+            .context("end connections in TIME_WAIT (the kernel needs CONFIG_INET_DIAG_DESTROY)")
+            .map(drop)
+    })
+}
+
+/// Set by signals that ask this program to end.
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+extern "C" fn interrupt(_: libc::c_int) {
+    INTERRUPTED.store(true, Ordering::Relaxed);
+}
+
+/// Has signals end the benchmark where it checks for them.
+pub(crate) fn catch_signals() -> Result<()> {
+    let action = SigAction::new(
+        SigHandler::Handler(interrupt),
+        SaFlags::SA_RESTART,
+        SigSet::empty(),
+    );
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+        // SAFETY: the handler only stores to an atomic.
+        unsafe { sigaction(signal, &action) }.with_context(|| format!("catch {signal}"))?;
+    }
+    Ok(())
+}
+
+/// An error if a signal has asked for the end.
+pub(crate) fn check_interrupted() -> Result<()> {
+    if INTERRUPTED.load(Ordering::Relaxed) {
+        bail!("interrupted; everything is removed");
+    }
+    Ok(())
+}

@@ -1,0 +1,314 @@
+//! `--vm`: the demo and the suites in virtual machines with other kernels.
+//!
+//! A guest has the kernel, busybox and the workspace's programs, linked
+//! statically, in an archive that is its root file system, and no disk and no
+//! network of the machine's. What it prints arrives line by line; it has
+//! succeeded only if it says so itself, in words that no other guest knows.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::{Mutex, PoisonError},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::{
+    process::target,
+    setup::{self, Need},
+    test::Counts,
+};
+
+mod debian;
+mod guest;
+mod initramfs;
+mod kernel;
+mod modules;
+mod programs;
+mod qemu;
+
+use guest::{Job, Report};
+use kernel::Kernel;
+use programs::Programs;
+
+/// How many guests run at a time.
+const GUESTS: usize = 2;
+
+/// How long a guest may take. Emulated, the slowest kernel takes a fifth of it.
+const LIMIT: Duration = Duration::from_secs(1200);
+
+/// Suites that no guest runs, and why.
+const NOT_IN_GUESTS: [(&str, &str); 2] = [
+    ("model", "it asks no kernel anything"),
+    ("load", "it measures, and an emulated machine has no speed"),
+];
+
+/// Parts of the names of the tests that no guest runs: their proxies are big,
+/// and speak to the same system calls as the embedded one.
+const NO_TESTS_OF: [&str; 2] = ["envoy", "haproxy"];
+
+/// A kernel that was asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Wanted {
+    /// The newest of each packaged series.
+    All,
+    /// The newest of all.
+    Newest,
+    /// The newest whose version starts so.
+    Version(String),
+    /// The user's own.
+    Image(PathBuf),
+}
+
+impl std::str::FromStr for Wanted {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let is_version = |text: &str| {
+            text.contains('.')
+                && text
+                    .split('.')
+                    .all(|part| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit()))
+        };
+        match text {
+            "all" => Ok(Self::All),
+            "newest" => Ok(Self::Newest),
+            _ if is_version(text) => Ok(Self::Version(text.to_owned())),
+            _ if Path::new(text).is_file() => Ok(Self::Image(text.into())),
+            _ => Err("neither `all`, `newest`, a version such as 6.1, nor a kernel's file".into()),
+        }
+    }
+}
+
+/// Runs the demo with these arguments on each kernel.
+///
+/// # Errors
+///
+/// If something is missing or can't be built; a guest that fails is no error.
+pub(crate) fn demo(wanted: &[Wanted], arguments: Vec<String>) -> Result<ExitCode> {
+    setup::ensure(&[Need::Kernel, Need::Ip, Need::Iptables, Need::Qemu])?;
+    let programs = programs::build(false)?;
+    let jobs = [Job {
+        name: "demo".to_owned(),
+        program: programs.binary("interceptor-demo")?.to_owned(),
+        arguments,
+    }];
+    run(wanted, &programs, &jobs)
+}
+
+/// Runs the suites with these arguments on each kernel.
+///
+/// # Errors
+///
+/// If something is missing or can't be built; a guest that fails is no error.
+pub(crate) fn test(wanted: &[Wanted], arguments: &[String]) -> Result<ExitCode> {
+    setup::ensure(&[Need::Kernel, Need::Ip, Need::Iptables, Need::Qemu])?;
+    let programs = programs::build(true)?;
+    let skips = NO_TESTS_OF.into_iter().flat_map(|name| ["--skip", name]);
+    let arguments: Vec<String> = skips
+        .map(str::to_owned)
+        .chain(arguments.iter().cloned())
+        .collect();
+    let mut jobs = Vec::new();
+    for (name, program) in programs.suites() {
+        match NOT_IN_GUESTS.iter().find(|(other, _)| other == name) {
+            Some((_, why)) => println!("vm: not in guests: suite {name}: {why}"),
+            None => jobs.push(Job {
+                name: name.clone(),
+                program: program.clone(),
+                arguments: arguments.clone(),
+            }),
+        }
+    }
+    println!(
+        "vm: not in guests: tests of {}: too big, and the embedded proxy asks the kernel the same",
+        NO_TESTS_OF.join(" and ")
+    );
+    run(wanted, &programs, &jobs)
+}
+
+/// What became of a guest.
+struct Outcome {
+    kernel: String,
+    report: Report,
+    counts: Counts,
+    time: Duration,
+    last: Vec<String>,
+}
+
+fn run(wanted: &[Wanted], programs: &Programs, jobs: &[Job]) -> Result<ExitCode> {
+    let directory = target()?.join("vm");
+    fs::create_dir_all(&directory).with_context(|| format!("make {}", directory.display()))?;
+    let kernels = find(wanted, &directory)?;
+    for kernel in &kernels {
+        println!("vm: {} is Linux {}", kernel.name, kernel.release);
+    }
+    let accelerator = qemu::Accelerator::of_this_machine();
+    println!("vm: {accelerator}");
+    let mut outcomes: Vec<Outcome> = Vec::new();
+    // A user sees the same for one guest as without `--vm`.
+    let width = kernels.iter().map(|kernel| kernel.name.len()).max();
+    let width = width.filter(|_| kernels.len() > 1);
+    let waiting = Mutex::new(kernels.iter());
+    let results: Vec<Result<Outcome>> = thread::scope(|scope| {
+        let threads: Vec<_> = (0..GUESTS)
+            .map(|_| {
+                scope.spawn(|| {
+                    let mut results = Vec::new();
+                    loop {
+                        let next = waiting
+                            .lock()
+                            .unwrap_or_else(PoisonError::into_inner)
+                            .next();
+                        let Some(kernel) = next else {
+                            return results;
+                        };
+                        let prefix = width.map_or_else(String::new, |width| {
+                            format!("{:width$} | ", kernel.name)
+                        });
+                        results.push(
+                            boot(kernel, programs, jobs, accelerator, &directory, &prefix)
+                                .with_context(|| format!("kernel {}", kernel.name)),
+                        );
+                    }
+                })
+            })
+            .collect();
+        threads
+            .into_iter()
+            .flat_map(|thread| thread.join().unwrap_or_default())
+            .collect()
+    });
+    for result in results {
+        outcomes.push(result?);
+    }
+    ensure!(outcomes.len() == kernels.len(), "a thread panicked");
+    outcomes.sort_by_key(|outcome| kernels.iter().position(|k| k.name == outcome.kernel));
+    Ok(show(&outcomes))
+}
+
+/// The kernels, each once, in the order in which they were asked for.
+fn find(wanted: &[Wanted], directory: &Path) -> Result<Vec<Kernel>> {
+    let mut kernels: Vec<Kernel> = Vec::new();
+    let mut packaged = None;
+    for wanted in wanted {
+        let found = match wanted {
+            Wanted::Image(path) => vec![Kernel::of_image(&path.display().to_string(), path)?],
+            wanted => {
+                let archive = match packaged.take() {
+                    Some(archive) => archive,
+                    None => debian::Archive::open(directory)?,
+                };
+                let found = archive.kernels(wanted);
+                packaged = Some(archive);
+                found?
+            }
+        };
+        for kernel in found {
+            if !kernels.iter().any(|other| other.image == kernel.image) {
+                kernels.push(kernel);
+            }
+        }
+    }
+    Ok(kernels)
+}
+
+/// Runs the jobs in a guest with this kernel.
+fn boot(
+    kernel: &Kernel,
+    programs: &Programs,
+    jobs: &[Job],
+    accelerator: qemu::Accelerator,
+    directory: &Path,
+    prefix: &str,
+) -> Result<Outcome> {
+    let start = Instant::now();
+    // Goes with what is in it.
+    let directory = tempfile::tempdir_in(directory).context("make a temporary directory")?;
+    let image = kernel.uncompressed(directory.path())?;
+    let archive = directory.path().join("initramfs.cpio");
+    let modules = modules::collect(kernel)?;
+    for name in &modules.missing {
+        println!("{prefix}vm: this kernel has no module {name}");
+    }
+    let token = guest::token()?;
+    initramfs::write(&archive, programs, &modules, &guest::script(jobs, &token, &modules))?;
+    let mut report = Report::new(&token, jobs);
+    let mut counts = Counts::default();
+    let machine = qemu::Machine {
+        accelerator,
+        image: &image,
+        initramfs: &archive,
+    };
+    let watched = qemu::watch(&mut machine.command()?, LIMIT, |line| {
+        if let Some(line) = report.read(line) {
+            counts += Counts::parse(line).unwrap_or_default();
+            println!("{prefix}{line}");
+        }
+    })?;
+    report.end(&watched.end);
+    Ok(Outcome {
+        kernel: kernel.name.clone(),
+        report,
+        counts,
+        time: start.elapsed(),
+        last: watched.last,
+    })
+}
+
+/// Shows how each guest went, and whether all went well.
+fn show(outcomes: &[Outcome]) -> ExitCode {
+    // Two guests' lines alternate: here they are together.
+    if outcomes.len() > 1 {
+        for outcome in outcomes.iter().filter(|o| !o.report.succeeded()) {
+            println!("\nThe last lines of {}:", outcome.kernel);
+            for line in &outcome.last {
+                println!("    {line}");
+            }
+        }
+    }
+    let width = outcomes.iter().map(|o| o.kernel.len()).max().unwrap_or(0);
+    println!();
+    for Outcome {
+        kernel,
+        report,
+        counts,
+        time,
+        ..
+    } in outcomes
+    {
+        let tests = if *counts == Counts::default() {
+            String::new()
+        } else {
+            format!("; {} tests passed, {} failed", counts.passed, counts.failed)
+        };
+        println!("vm: {kernel:width$}  {:>4} s  {report}{tests}", time.as_secs());
+    }
+    if outcomes.iter().all(|outcome| outcome.report.succeeded()) {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_asked_for_is_a_word_a_version_or_a_file() {
+        let parse = str::parse::<Wanted>;
+        assert_eq!(parse("all"), Ok(Wanted::All));
+        assert_eq!(parse("newest"), Ok(Wanted::Newest));
+        assert_eq!(parse("6.1"), Ok(Wanted::Version("6.1".to_owned())));
+        assert_eq!(parse("6.12.117"), Ok(Wanted::Version("6.12.117".to_owned())));
+        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml");
+        assert_eq!(parse(file), Ok(Wanted::Image(file.into())));
+        for wrong in ["6", "6.", "6.x", "", "/no/such/file"] {
+            assert!(parse(wrong).is_err(), "{wrong}");
+        }
+    }
+}
