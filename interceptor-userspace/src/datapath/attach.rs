@@ -11,6 +11,7 @@ use interceptor_common::{
 };
 
 use super::{
+    bpf::Link,
     object::{LINKS, LogLevel, MAPS, Object},
     pins::{self, Pins, Staging, link_pin},
     plain::Plain,
@@ -159,9 +160,11 @@ fn take_apart(pod: &PodName, directory: &Path) -> Result<()> {
     // First what redirects, last what redirected connections need.
     for hook in LINKS.iter().rev() {
         let path = link_pin(directory, hook.program);
-        match fs::remove_file(&path) {
+        match Link::open(&path).and_then(|link| link.detach()) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(Error::system(format!("removing {}", path.display()))(error));
+                return Err(Error::system(format!("detaching {}", path.display()))(
+                    error,
+                ));
             }
             _ => {}
         }

@@ -71,6 +71,14 @@ impl Link {
         bpf(bpf_cmd::BPF_OBJ_PIN, &mut attr).map(drop)
     }
 
+    /// Detaches the program at once (`BPF_LINK_DETACH`, Linux 5.9). Without it,
+    /// the kernel detaches some time after the last pin is gone.
+    pub(crate) fn detach(&self) -> io::Result<()> {
+        let mut attr = zeroed_attr();
+        attr.link_detach.link_fd = fd_number(self.0.as_fd());
+        bpf(bpf_cmd::BPF_LINK_DETACH, &mut attr).map(drop)
+    }
+
     /// What the kernel says of the link.
     pub(crate) fn info(&self) -> io::Result<LinkInfo> {
         // SAFETY: all zero is a valid value of this plain struct.

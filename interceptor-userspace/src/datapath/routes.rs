@@ -16,6 +16,7 @@ use rtnetlink::{
     AddressMessageBuilder, Handle, RouteMessageBuilder,
     packet_route::{
         AddressFamily,
+        address::AddressAttribute,
         route::{RouteAddress, RouteAttribute, RouteMessage, RouteType},
     },
 };
@@ -47,6 +48,25 @@ pub(crate) fn read(netns: &Netns) -> Result<Routes> {
                         *entry = (true, source_of(&message));
                     }
                 }
+            }
+        }
+        // The kernel enters an IPv6 address into its table of local routes a
+        // little after it was added to an interface.
+        let mut messages = Box::pin(handle.address().get().execute());
+        while let Some(message) = messages
+            .try_next()
+            .await
+            .map_err(failed("reading addresses"))?
+        {
+            let address = message
+                .attributes
+                .iter()
+                .find_map(|attribute| match attribute {
+                    AddressAttribute::Address(address @ IpAddr::V6(_)) => Some(*address),
+                    _ => None,
+                });
+            if let Some(address) = address {
+                prefixes.insert(address.into(), (true, Some(address)));
             }
         }
         if prefixes.len() > MAX_ROUTES as usize {
