@@ -220,14 +220,22 @@ const UNREDIRECTED_CLIENT: ByDesign = ByDesign {
              Nothing tells it from an accepted one here, which answers where it arrived. No proxy \
              asks its own client sockets.",
     is: |label, iptables, interceptor| {
-        let answers = [
-            ("SOL_IP,", "length 16, 0200"),
-            ("SOL_IPV6,", "length 28, 0a00"),
+        let redirected = [
+            "2000 to 10.77.0.1:",
+            "2000 to [::ffff:10.77.0.1]:",
+            "2000 to [fd00:77::1]:",
+            "1337 to 10.77.0.2:",
+            "1337 to [::ffff:10.77.0.2]:",
+            "1337 to [fd00:77::2]:",
+            "1337 to 127.0.0.2:",
+            "1337 to [::ffff:127.0.0.2]:",
         ];
-        let answered = answers.iter().any(|(level, start)| {
-            label.contains(&format!("client, {level}")) && interceptor[..].starts_with(&start[..13])
-        });
-        answered && (iptables.starts_with("length ") || iptables == "ENOENT")
+        let answers = [("SOL_IP,", "length 16, 02"), ("SOL_IPV6,", "length 28, 0a")];
+        !redirected.iter().any(|start| label.starts_with(start))
+            && iptables.starts_with("length ")
+            && answers.iter().any(|(level, start)| {
+                label.contains(&format!("client, {level}")) && interceptor.starts_with(start)
+            })
     },
 };
 
@@ -239,7 +247,19 @@ const V6_ONLY: ByDesign = ByDesign {
     },
 };
 
-/// Checks that two pods' logs say the same, but for what is by design?
+/// Whether it is only iptables that gave the client another port: it must
+/// where one port's connections to two destinations would become one. That is
+/// rare, but not in a run of many.
+fn renumbered(iptables: &str, interceptor: &str) -> bool {
+    match (iptables.rsplit_once(':'), interceptor.rsplit_once(':')) {
+        (Some((iptables, port)), Some((interceptor, "*"))) => {
+            iptables == interceptor && port.parse::<u16>().is_ok()
+        }
+        _ => false,
+    }
+}
+
+/// Checks that two pods' logs say the same, but for what is by design.
 fn assert_same(iptables: &Log, interceptor: &Log, by_design: &[ByDesign]) -> Result<()> {
     let (expected, mut observed) = (iptables.by_label()?, interceptor.by_label()?);
     let mut all = Vec::new();
@@ -265,7 +285,9 @@ fn assert_same(iptables: &Log, interceptor: &Log, by_design: &[ByDesign]) -> Res
                     // A column that may differ isn't in this list.
                     let start = format!("{column} is ");
                     let listed = allowed.iter().any(|line| line.contains(&start));
-                    if expected != observed && listed {
+                    let renumbered =
+                        *column == "server_getpeername" && renumbered(expected, observed);
+                    if expected != observed && listed && !renumbered {
                         differ(&format!("{label} {column}"), expected, observed);
                     }
                 }
@@ -324,11 +346,6 @@ fn compare_with(
         (join(expected), join(observed))
     });
     let (expected, observed) = (expected?, observed?);
-    if std::env::var_os("SHOW").is_some() {
-        for (label, seen) in &expected.entries {
-            println!("{label} = {seen}");
-        }
-    }
     assert_same(&expected, &observed, by_design)
 }
 

@@ -60,8 +60,10 @@ enum Before {
     Fill(u32),
 }
 
-/// Of the 28,232 ports to connect from, as the kernel has it by default.
-const TIME_WAITS: u32 = 20_000;
+/// Of the 28,232 ports to connect from, as the kernel has it by default. It
+/// first tries each second one: when none of these is left, every connect()
+/// to the same destination has looked at 14,116 ports in vain.
+const TIME_WAITS: u32 = 12_000;
 
 const STEPS: &[Step] = &[
     Step {
@@ -197,16 +199,9 @@ pub(crate) fn run(
                     let index = (turn + round / 2) % stages.len();
                     let stage = &mut stages[index];
                     let mode = stage.mode;
-                    let t0 = Instant::now();
                     let measured = step
                         .run(*path, stage)
                         .with_context(|| format!("{path}, {mode}"))?;
-                    eprintln!(
-                        "{path} {mode} {} {:?} {:.0}",
-                        step.measures[0].0,
-                        t0.elapsed(),
-                        measured.unit_ns
-                    );
                     for (name, value) in step.measures {
                         data.add(*path, name, mode, value(&measured));
                     }
