@@ -4,6 +4,7 @@
 mod hooks;
 mod load;
 mod mode;
+mod pair;
 mod report;
 mod rounds;
 mod stage;
@@ -65,6 +66,12 @@ enum Role {
     /// A client and the proxy that it reaches
     #[command(hide = true)]
     Worker(worker::Arguments),
+    /// A small transparent proxy
+    #[command(hide = true)]
+    Forward(pair::Forward),
+    /// A server that echoes
+    #[command(hide = true)]
+    Serve(pair::Forward),
 }
 
 /// Does what the arguments say.
@@ -75,6 +82,8 @@ enum Role {
 pub fn run(args: &Args) -> Result<()> {
     match args.role {
         Some(Role::Worker(arguments)) => worker::run(arguments),
+        Some(Role::Forward(arguments)) => pair::forward(arguments),
+        Some(Role::Serve(arguments)) => pair::serve(arguments),
         None => measure(args),
     }
 }
@@ -97,7 +106,6 @@ fn measure(args: &Args) -> Result<()> {
     let seconds = if args.quick { 120 } else { args.seconds };
     let data = rounds::run(
         &mut stages,
-        &[Path::Outbound, Path::Inbound],
         args.rounds.into(),
         start + Duration::from_secs(seconds),
     )?;

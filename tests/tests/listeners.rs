@@ -16,7 +16,9 @@ use interceptor_tests::{
     command::{run, wait_until},
     inside::{Conversation, Inside, Server, listen},
     pod::{Credentials, Host, POD_V4, POD_V6, Pod},
-    world::{EVERYWHERE, Way, World, assert_refused, assert_served, check_served, start_server},
+    world::{
+        EVERYWHERE, OUTBOUND, Way, World, assert_refused, assert_served, check_served, start_server,
+    },
 };
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -364,32 +366,41 @@ fn restarted_under_load_nothing_gets_past_the_proxy() -> Result<()> {
     Ok(())
 }
 
+/// Whether a TCP socket of the pod is in this state.
+fn in_state(world: &World, state: &str) -> Result<bool> {
+    let sockets = world
+        .pod
+        .netns()
+        .enter(|| run(Command::new("ss").args(["-tanH", "state", state])))?;
+    Ok(!sockets.trim().is_empty())
+}
+
 #[test]
-fn closed_connections_end_on_both_sides() -> Result<()> {
+fn a_proxy_that_closes_last_is_acknowledged() -> Result<()> {
     let world = World::new()?;
-    let _proxy = world.start_proxy(&EVERYWHERE)?;
     world.cli.attach(&world.pod)?;
-    for way in Way::BOTH {
-        for to in way.destinations() {
-            // The client closes first: what remains of its socket has to
-            // acknowledge the proxy's FIN.
-            drop(assert_served(way, world.client(way), to)?);
-            wait_until(
-                "the proxy's socket is closed",
-                Duration::from_millis(700),
-                || {
-                    let sockets = world
-                        .pod
-                        .netns()
-                        .enter(|| run(Command::new("ss").arg("-tanH")))?;
-                    let open = sockets
-                        .lines()
-                        .any(|line| !line.starts_with("LISTEN") && !line.starts_with("TIME-WAIT"));
-                    Ok((!open).then_some(()))
-                },
-            )
-            .with_context(|| format!("{way:?} to {to}"))?;
-        }
+    for (to, address) in Way::Out.destinations().into_iter().zip(EVERYWHERE) {
+        let listener = world.proxy.listen((address, OUTBOUND).into())?;
+        let client = world.app.tcp(to)?;
+        client.connect(&to.into())?;
+        let (accepted, _) = listener.accept()?;
+        drop(client);
+        let wait = |what: &str, state: &str, wanted: bool| {
+            wait_until(what, Duration::from_secs(2), || {
+                Ok((in_state(&world, state)? == wanted).then_some(()))
+            })
+            .with_context(|| format!("connection to {to}"))
+        };
+        // From then on the client's side has no socket: what the kernel says
+        // for it must find its way.
+        wait(
+            "the proxy acknowledges the client's FIN",
+            "fin-wait-2",
+            true,
+        )?;
+        drop(accepted);
+        wait("the client's side takes the proxy's FIN", "time-wait", true)?;
+        wait("the client acknowledges the proxy's FIN", "last-ack", false)?;
     }
     Ok(())
 }

@@ -747,11 +747,11 @@ const AGAIN: [(Family, &str, [&str; 3], [&str; 3]); 3] = [
     ),
 ];
 
+/// Chooses the first and the second destination from a row of [`AGAIN`].
+type Pairs = fn(&str, [&'static str; 3], [&'static str; 3]) -> Vec<(String, String)>;
+
 /// First while no proxy listens, then while one does, on the same socket.
-fn again_after_a_refused_connect(
-    by_design: &[ByDesign],
-    pairs: fn(&str, [&'static str; 3], [&'static str; 3]) -> Vec<(String, String)>,
-) -> Result<()> {
+fn again_after_a_refused_connect(by_design: &[ByDesign], pairs: Pairs) -> Result<()> {
     compare(as_is, by_design, |side, log| {
         side.stop_proxy();
         let mut clients = Vec::new();
@@ -1536,7 +1536,6 @@ fn redirected_link_local_destinations() -> Result<()> {
 
 /// The mesh's passthrough address is the pod's own.
 #[test]
-#[ignore = "open: attach reads the routes before the kernel has made ::6's"]
 fn the_ipv6_passthrough_address_is_local_at_once() -> Result<()> {
     let owners = [APP, Credentials::PROXY, GID_ONLY];
     every_destination(as_is, Way::Blocking, &owners, |family| match family {

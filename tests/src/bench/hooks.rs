@@ -41,7 +41,7 @@ pub(crate) fn measure(stage: &mut Stage, path: Path) -> Result<Vec<Hook>> {
         .iter()
         .map(|(_, id)| times(*id))
         .collect::<Result<Vec<_>>>()?;
-    stage.worker(path)?.run(job)?;
+    stage.worker(path).run(job)?;
     programs
         .into_iter()
         .zip(before)

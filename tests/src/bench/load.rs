@@ -13,7 +13,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use nix::{
     sched::{CpuSet, sched_setaffinity},
     sys::{
-        resource::{UsageWho, getrusage},
+        resource::{Resource, UsageWho, getrlimit, getrusage, setrlimit},
         time::TimeValLike as _,
     },
     unistd::Pid,
@@ -94,6 +94,8 @@ impl Load {
     pub(crate) fn new(listener: Option<i32>, intercepted: bool, cpu: usize) -> Result<Self> {
         let cpus = thread::available_parallelism()?.get();
         pin(cpu)?;
+        let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
+        setrlimit(Resource::RLIMIT_NOFILE, most, most)?;
         Ok(Self {
             // SAFETY: who started this process opened it for this use alone.
             listener: listener.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }.into()),
@@ -329,7 +331,8 @@ fn tcp_socket() -> Result<Socket> {
     socket.context("make a socket")
 }
 
-fn pin(cpu: usize) -> Result<()> {
+/// Has the calling thread run on this CPU only.
+pub(crate) fn pin(cpu: usize) -> Result<()> {
     let mut set = CpuSet::new();
     set.set(cpu)?;
     sched_setaffinity(Pid::from_raw(0), &set).with_context(|| format!("go to CPU {cpu}"))

@@ -4,7 +4,7 @@ use std::{fmt, net::Ipv4Addr};
 
 use anyhow::Result;
 
-use super::load::Targets;
+use super::{load::Targets, pair};
 use crate::{
     cli::Cli,
     command::run,
@@ -88,6 +88,9 @@ pub(crate) enum Path {
 }
 
 impl Path {
+    /// All of them.
+    pub(crate) const ALL: [Self; 3] = [Self::Outbound, Self::Inbound, Self::Pair];
+
     /// Where the client connects to.
     pub(crate) fn targets(self, mode: Mode) -> Targets {
         let (address, port) = match (self, mode.intercepts()) {
@@ -95,7 +98,7 @@ impl Path {
             (Self::Outbound, true) => (Ipv4Addr::new(10, 77, 0, 1), 8080),
             (Self::Inbound, false) => (Ipv4Addr::new(10, 77, 0, 2), 15006),
             (Self::Inbound, true) => (Ipv4Addr::new(10, 77, 0, 2), 8080),
-            (Self::Pair, true) => (Ipv4Addr::new(10, 78, 0, 2), 8080),
+            (Self::Pair, true) => (pair::SERVER, pair::APP_PORT),
         };
         Targets::one(address, port)
     }

@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, time::Instant};
 use anyhow::{Context as _, Result};
 
 use super::{
-    load::Close,
+    load::{Close, Targets},
     mode::{Mode, Path},
     stage::{Stage, check_interrupted},
     worker::{Job, Measured},
@@ -42,6 +42,8 @@ impl Data {
 /// A job that every mode does in a round.
 struct Step {
     job: fn(Path, Mode) -> Job,
+    /// On which paths.
+    paths: &'static [Path],
     /// In each how-manieth round, because it takes long.
     every: usize,
     /// What is to be done before.
@@ -62,58 +64,41 @@ enum Before {
 
 /// Of the 28,232 ports to connect from, as the kernel has it by default. It
 /// first tries each second one: when none of these is left, every connect()
-/// to the same destination has looked at 14,116 ports in vain.
+/// to the same destination looks at 14,116 ports in vain.
 const TIME_WAITS: u32 = 12_000;
+
+/// Where the same process is client and proxy.
+const ONE_POD: &[Path] = &[Path::Outbound, Path::Inbound];
 
 const STEPS: &[Step] = &[
     Step {
-        job: |path, mode| Job::Connections {
-            to: path.targets(mode),
-            close: Close::Rst,
-            request: false,
-            count: 2000,
-        },
+        job: |path, mode| connections(path.targets(mode), Close::Rst, 2000),
+        paths: ONE_POD,
         every: 1,
         before: Before::Nothing,
         measures: &[
             ("connect_p50", |m| m.p50_ns),
             ("connect_p99", |m| m.p99_ns),
             ("connect_close_rst", |m| m.unit_ns),
-            ("cpu_per_connection", |m| m.cpu_ns),
-            ("machine_per_connection", |m| {
-                m.machine_ns / f64::from(m.units)
-            }),
         ],
     },
     Step {
-        job: |path, mode| Job::Connections {
-            to: path.targets(mode),
-            close: Close::Fin,
-            request: false,
-            count: 2000,
-        },
+        job: |path, mode| connections(path.targets(mode), Close::Fin, 2000),
+        paths: ONE_POD,
         every: 1,
         before: Before::Flush,
         measures: &[("connect_close_fin", |m| m.unit_ns)],
     },
     Step {
-        job: |path, mode| Job::Connections {
-            to: path.targets(mode),
-            close: Close::Fin,
-            request: false,
-            count: 1000,
-        },
+        job: |path, mode| connections(path.targets(mode), Close::Fin, 1000),
+        paths: ONE_POD,
         every: 8,
         before: Before::Fill(TIME_WAITS),
         measures: &[("connect_close_fin_timewait", |m| m.unit_ns)],
     },
     Step {
-        job: |path, mode| Job::Connections {
-            to: path.many_targets(mode),
-            close: Close::Rst,
-            request: false,
-            count: 2000,
-        },
+        job: |path, mode| connections(path.many_targets(mode), Close::Rst, 2000),
+        paths: &[Path::Outbound],
         every: 1,
         before: Before::Nothing,
         measures: &[("connect_close_rst_many", |m| m.unit_ns)],
@@ -123,17 +108,30 @@ const STEPS: &[Step] = &[
             to: path.targets(mode),
             close: Close::Rst,
             request: true,
-            count: 2000,
+            count: if path == Path::Pair { 500 } else { 2000 },
         },
+        paths: &[Path::Outbound, Path::Inbound, Path::Pair],
         every: 1,
         before: Before::Nothing,
         measures: &[("connect_request_close", |m| m.unit_ns)],
+    },
+    // Long, because the machine's time has a resolution of 10 ms.
+    Step {
+        job: |path, mode| connections(path.targets(mode), Close::Rst, 20_000),
+        paths: ONE_POD,
+        every: 8,
+        before: Before::Nothing,
+        measures: &[
+            ("cpu_per_connection", |m| m.cpu_ns),
+            ("machine_per_connection", |m| m.machine_ns / f64::from(m.units)),
+        ],
     },
     Step {
         job: |path, mode| Job::Rate {
             to: path.targets(mode),
             count: 2000,
         },
+        paths: ONE_POD,
         every: 2,
         before: Before::Nothing,
         measures: &[("connections_per_second", |m| 1e9 / m.unit_ns)],
@@ -141,8 +139,9 @@ const STEPS: &[Step] = &[
     Step {
         job: |path, mode| Job::RoundTrips {
             to: path.targets(mode),
-            count: 4000,
+            count: if path == Path::Pair { 1000 } else { 4000 },
         },
+        paths: &[Path::Outbound, Path::Inbound, Path::Pair],
         every: 1,
         before: Before::Nothing,
         measures: &[("established_round_trip", |m| m.unit_ns)],
@@ -150,22 +149,41 @@ const STEPS: &[Step] = &[
     Step {
         job: |path, mode| Job::Bulk {
             to: path.targets(mode),
-            mebibytes: 128,
+            mebibytes: if path == Path::Pair { 16 } else { 128 },
         },
+        paths: &[Path::Outbound, Path::Inbound, Path::Pair],
         every: 1,
         before: Before::Nothing,
+        measures: &[("established_mib_per_second", |m| 1e9 / m.unit_ns)],
+    },
+    Step {
+        job: |path, mode| Job::Bulk {
+            to: path.targets(mode),
+            mebibytes: 512,
+        },
+        paths: ONE_POD,
+        every: 8,
+        before: Before::Nothing,
         measures: &[
-            ("established_mib_per_second", |m| 1e9 / m.unit_ns),
             ("cpu_per_gib", |m| m.cpu_ns * 1024.0),
+            ("machine_per_gib", |m| m.machine_ns * 2.0),
         ],
     },
 ];
+
+fn connections(to: Targets, close: Close, count: u32) -> Job {
+    Job::Connections {
+        to,
+        close,
+        request: false,
+        count,
+    }
+}
 
 /// Makes rounds until the time is up or there are enough.
 #[expect(clippy::print_stderr, reason = "progress")]
 pub(crate) fn run(
     stages: &mut [Stage],
-    paths: &[Path],
     most: usize,
     until: Instant,
 ) -> Result<Data> {
@@ -179,18 +197,15 @@ pub(crate) fn run(
             said = Instant::now();
             eprintln!("bench: round {}", round + 1);
         }
-        for path in paths {
-            for step in STEPS.iter().filter(|step| round % step.every == 0) {
-                if step.before == Before::Nothing
-                    && *path == Path::Inbound
-                    && step.measures[0].0 == "connect_close_rst_many"
-                {
-                    continue;
-                }
+        for path in Path::ALL {
+            for step in STEPS
+                .iter()
+                .filter(|step| round % step.every == 0 && step.paths.contains(&path))
+            {
                 for turn in 0..stages.len() {
                     check_interrupted()?;
-                    // Each mode is first in its turn, and has each other before
-                    // it as often as after it.
+                    // Each mode comes first in its turn, and each comes before
+                    // each other as often as after it.
                     let turn = if round % 2 == 0 {
                         turn
                     } else {
@@ -200,10 +215,10 @@ pub(crate) fn run(
                     let stage = &mut stages[index];
                     let mode = stage.mode;
                     let measured = step
-                        .run(*path, stage)
+                        .run(path, stage)
                         .with_context(|| format!("{path}, {mode}"))?;
                     for (name, value) in step.measures {
-                        data.add(*path, name, mode, value(&measured));
+                        data.add(path, name, mode, value(&measured));
                     }
                 }
             }
@@ -219,13 +234,13 @@ impl Step {
             stage.flush()?;
         }
         if let Before::Fill(count) = self.before {
-            stage.worker(path)?.run(Job::Connections {
+            stage.worker(path).run(Job::Connections {
                 to: path.targets(mode),
                 close: Close::Fin,
                 request: false,
                 count,
             })?;
         }
-        stage.worker(path)?.run((self.job)(path, mode))
+        stage.worker(path).run((self.job)(path, mode))
     }
 }

@@ -7,9 +7,11 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+use socket2::Socket;
 
 use super::{
     mode::{Mode, Path},
+    pair::{self, Pair},
     worker::Worker,
 };
 use crate::{
@@ -25,6 +27,8 @@ use crate::{
 pub(crate) struct Stage {
     outbound: Worker,
     inbound: Worker,
+    pair: Pair,
+    listener: Socket,
     cli: Option<Cli>,
     pod: Pod,
     /// How connections are intercepted.
@@ -32,18 +36,21 @@ pub(crate) struct Stage {
 }
 
 impl Stage {
-    /// Makes a pod and starts workers on a CPU.
+    /// Makes pods and starts workers on a CPU.
     pub(crate) fn new(mode: Mode, cpu: usize) -> Result<Self> {
-        let pod = Pod::new()?;
-        let cli = mode.install(&pod).with_context(|| mode.to_string())?;
+        let (pod, server) = pair::pods()?;
+        let cli = mode.install(&pod)?;
         let proxy = Inside::start(&pod, Host::Pod, Credentials::PROXY)?;
-        let start = |host, port| {
-            let listener = proxy.listen(([0, 0, 0, 0], port).into())?;
-            Worker::start(&pod, host, Some(&listener), mode.intercepts(), cpu)
-        };
+        let listen = |port| proxy.listen(([0, 0, 0, 0], port).into());
+        let start = |host, listener| Worker::start(&pod, host, Some(listener), mode.intercepts(), cpu);
+        let listener = listen(15001)?;
+        let outbound = start(Host::Pod, &listener)?;
+        let inbound = start(Host::Peer, &listen(15006)?)?;
         Ok(Self {
-            outbound: start(Host::Pod, 15001)?,
-            inbound: start(Host::Peer, 15006)?,
+            outbound,
+            inbound,
+            pair: Pair::new(mode, &pod, server, cpu)?,
+            listener,
             cli,
             pod,
             mode,
@@ -51,12 +58,18 @@ impl Stage {
     }
 
     /// The worker of a path.
-    pub(crate) fn worker(&mut self, path: Path) -> Result<&mut Worker> {
+    pub(crate) fn worker(&mut self, path: Path) -> &mut Worker {
         match path {
-            Path::Outbound => Ok(&mut self.outbound),
-            Path::Inbound => Ok(&mut self.inbound),
-            Path::Pair => bail!("a pair is two pods"),
+            Path::Outbound => &mut self.outbound,
+            Path::Inbound => &mut self.inbound,
+            Path::Pair => self.pair.client(),
         }
+    }
+
+    /// One more client of the pod's, that shares the proxy's listener.
+    pub(crate) fn another_worker(&self, cpu: usize) -> Result<Worker> {
+        let intercepts = self.mode.intercepts();
+        Worker::start(&self.pod, Host::Pod, Some(&self.listener), intercepts, cpu)
     }
 
     /// The pod.
