@@ -100,13 +100,15 @@ impl Address {
         u32::from_be(self.to_be32s()[0]) >> 22 == 0xfe80 >> 6
     }
 
-    /// Whether no TCP connection can be made to this address: IPv4 multicast
-    /// and limited broadcast, IPv6 multicast. The kernel's own error stands.
+    /// Whether the kernel makes no TCP connection to this address, whatever the
+    /// routes: IPv4 multicast, limited broadcast and `0.0.0.0/8` (but for the
+    /// unspecified address), IPv6 multicast.
     #[inline(always)]
-    pub fn is_multicast_or_broadcast(&self) -> bool {
+    pub fn is_never_reachable(&self) -> bool {
         let words = self.to_be32s();
         if self.is_v4() {
-            u32::from_be(words[3]) >> 28 == 0xe || words[3] == u32::MAX
+            let v4 = u32::from_be(words[3]);
+            v4 >> 28 == 0xe || v4 == u32::MAX || (v4 >> 24 == 0 && v4 != 0)
         } else {
             u32::from_be(words[0]) >> 24 == 0xff
         }
@@ -234,6 +236,10 @@ pub enum Role {
     Client = 1,
     /// The socket that the proxy accepted.
     Accepted = 2,
+    /// A socket that would be redirected if there were a route to where it
+    /// wants to go. connect() fails for want of one; if the kernel has one
+    /// after all, the connection must not leave.
+    Unroutable = 3,
 }
 
 /// What a redirected connection's sockets remember as long as they live.
@@ -305,13 +311,15 @@ mod tests {
 
     #[test]
     fn classes_have_exact_edges() {
-        for (text, loopback, unspecified, multicast) in [
+        for (text, loopback, unspecified, never_reachable) in [
             ("127.0.0.0", true, false, false),
             ("127.255.255.255", true, false, false),
             ("126.255.255.255", false, false, false),
             ("128.0.0.0", false, false, false),
             ("0.0.0.0", false, true, false),
-            ("0.0.0.1", false, false, false),
+            ("0.0.0.1", false, false, true),
+            ("0.255.255.255", false, false, true),
+            ("1.0.0.0", false, false, false),
             ("223.255.255.255", false, false, false),
             ("224.0.0.0", false, false, true),
             ("239.255.255.255", false, false, true),
@@ -326,7 +334,7 @@ mod tests {
             let a = address(text);
             assert_eq!(a.is_loopback(), loopback, "{text}");
             assert_eq!(a.is_unspecified(), unspecified, "{text}");
-            assert_eq!(a.is_multicast_or_broadcast(), multicast, "{text}");
+            assert_eq!(a.is_never_reachable(), never_reachable, "{text}");
         }
     }
 

@@ -29,16 +29,20 @@ pub enum Event {
     ListenerUnsuitable,
     /// The source address could not be kept; the proxy sees another one.
     SourceNotKept,
+    /// A connection was stopped because the pod's routes have changed since
+    /// they were read.
+    RoutesChanged,
 }
 
 impl Event {
     /// All events, in the order of their counters.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::NoInboundListener,
         Self::OriginLost,
         Self::ListenerSlotsFull,
         Self::ListenerUnsuitable,
         Self::SourceNotKept,
+        Self::RoutesChanged,
     ];
 
     /// The event's place in the `COUNTERS` map.

@@ -18,6 +18,7 @@ use interceptor_common::{
     conn::{Endpoint, Handshake, TCP, is_proxy_address_v4},
     counters::Event,
     listeners::{ProxyPort, SLOTS, accepts},
+    routes::RouteKind,
 };
 
 use crate::{
@@ -35,7 +36,7 @@ pub(crate) fn find_listener(ctx: SkLookupContext) -> u32 {
         return SK_DROP;
     };
     let (local, remote) = looked_up(ctx.lookup);
-    if matches!(maps::route(&remote.address), Some(route) if route.local != 0) {
+    if matches!(maps::route(&remote.address), Some(route) if route.is(RouteKind::Local)) {
         from_inside(&ctx, settings, local, remote)
     } else {
         from_outside(&ctx, settings, local, remote)

@@ -7,7 +7,7 @@ use aya_ebpf::{
     macros::cgroup_sockopt,
     programs::SockoptContext,
 };
-use interceptor_common::conn::{Endpoint, TCP, is_proxy_address_v4};
+use interceptor_common::conn::{Endpoint, Role, TCP, is_proxy_address_v4};
 
 use crate::{
     context::{SockAddrIn, SockAddrIn6, bound, read},
@@ -61,7 +61,9 @@ pub(crate) fn getsockopt(ctx: SockoptContext) -> i32 {
 /// What conntrack would say of this socket.
 #[inline(always)]
 fn original_destination(context: *const bpf_sockopt, sk: *mut bpf_sock) -> Option<Endpoint> {
-    if let Some(origin) = origins::get(sk) {
+    if let Some(origin) = origins::get(sk)
+        && origin.role != Role::Unroutable as u32
+    {
         return Some(origin.original_destination);
     }
     // Not redirected: where it arrived, unless conntrack has answered.

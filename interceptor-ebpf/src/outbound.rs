@@ -6,7 +6,7 @@ use core::ptr::from_mut;
 use aya_ebpf::{
     bindings::{bpf_sock, bpf_sock_addr},
     helpers::generated::{
-        bpf_bind, bpf_get_prandom_u32, bpf_set_retval, bpf_sock_ops_cb_flags_set,
+        bpf_bind, bpf_get_prandom_u32, bpf_set_retval, bpf_setsockopt, bpf_sock_ops_cb_flags_set,
     },
     macros::{cgroup_sock_addr, sock_ops},
     programs::{SockAddrContext, SockOpsContext},
@@ -17,6 +17,7 @@ use interceptor_common::{
     config::Settings,
     conn::{Address, Endpoint, Handshake, Role, TCP, is_proxy_address_v4, proxy_address_v4},
     counters::Event,
+    routes::RouteKind,
 };
 
 use crate::{
@@ -122,7 +123,8 @@ fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Connect {
         endpoint.port,
     );
     let route = maps::route(&destination.address);
-    let over_loopback = matches!(route, Some(route) if route.local != 0);
+    let over_loopback = matches!(route, Some(route) if route.is(RouteKind::Local));
+    let unreachable = !matches!(route, Some(route) if !route.is(RouteKind::Unreachable));
     let route_source = match route {
         Some(route) => route.source,
         None => Address::UNSPECIFIED,
@@ -134,7 +136,7 @@ fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Connect {
         local.address
     };
 
-    let verdict = if destination.address.is_multicast_or_broadcast()
+    let verdict = if destination.address.is_never_reachable()
         || (source.is_v4() && source.is_loopback() && !over_loopback)
     {
         // The kernel sends no packet to there, or not from there, so that no
@@ -149,7 +151,9 @@ fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Connect {
             owner: kernel::owner(sock),
         };
         let decision = output(settings, &facts);
-        maps::count_decision(Chain::Output, &decision);
+        if !unreachable {
+            maps::count_decision(Chain::Output, &decision);
+        }
         debug!(
             ctx,
             "connect to {:i} port {}: ISTIO_OUTPUT rule {}",
@@ -172,6 +176,16 @@ fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Connect {
                 origins::forget(sk);
             }
             return Connect::AsAsked;
+        }
+        _ if unreachable => {
+            if source_was_chosen {
+                unbind(ctx.sock_addr, sk, &endpoint.address);
+            }
+            return if origins::set(sk, &destination, Role::Unroutable, 0) {
+                Connect::AsAsked
+            } else {
+                Connect::Refused
+            };
         }
         Verdict::Outbound => settings.outbound_port,
         Verdict::Inbound => settings.inbound_port,
@@ -272,6 +286,9 @@ const TCP_LISTEN_CB: u32 = 11;
 const STATE_CB_FLAG: i32 = 1 << 2;
 const TCP_CLOSE: u32 = 7;
 
+const SOL_SOCKET: i32 = 1;
+const SO_BINDTODEVICE: i32 = 25;
+
 #[sock_ops]
 pub(crate) fn sock_ops(ctx: SockOpsContext) -> u32 {
     match read!(ctx.ops, op) {
@@ -299,6 +316,10 @@ fn connecting(ctx: &SockOpsContext) {
     let Some(origin) = origins::get(sk) else {
         return;
     };
+    if origin.role == Role::Unroutable as u32 {
+        stop(ctx);
+        return;
+    }
     let (client, proxy) = ends(ctx.ops);
     let key = Handshake { client, proxy };
     if handshakes::insert(&key, &origin.original_destination).is_err() {
@@ -312,6 +333,25 @@ fn connecting(ctx: &SockOpsContext) {
     unsafe {
         bpf_sock_ops_cb_flags_set(ctx.ops, flags);
     }
+}
+
+/// Keeps a connection from leaving the pod: bound to `lo`, it must find another
+/// route, and there is none. (sock_ops can't make connect() fail.)
+#[inline(always)]
+fn stop(ctx: &SockOpsContext) {
+    let mut device = *b"lo\0\0";
+    // SAFETY: the program's own context, and a value of the length given.
+    unsafe {
+        bpf_setsockopt(
+            ctx.ops.cast(),
+            SOL_SOCKET,
+            SO_BINDTODEVICE,
+            from_mut(&mut device).cast(),
+            device.len() as i32,
+        );
+    }
+    maps::count(Event::RoutesChanged);
+    warn!(ctx, "stopped: the routes have changed since they were read");
 }
 
 /// The proxy's socket is established, and not yet returned by accept().

@@ -3,6 +3,7 @@
 
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
+    process::Command,
     thread,
     time::Duration,
 };
@@ -10,7 +11,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use interceptor_tests::{
     cli::Cli,
-    command::wait_until,
+    command::{run, wait_until},
     flood::{Clients, Connect, Serve, Server, Tally},
     pod::{Credentials, Host, POD_V4, Pod},
     world::{APP, INBOUND, OUTBOUND},
@@ -83,7 +84,15 @@ fn flood_outbound(syncookies: &str) -> Result<()> {
     let _proxy = start_proxy(&pod, 3)?;
     let tally = Clients::start(&pod, Host::Pod, APP, outbound(CONNECTIONS))?.tally()?;
     assert_all_right(&tally, CONNECTIONS)?;
-    assert_clean(&cli, &pod)
+    assert_clean(&cli, &pod)?;
+    if syncookies == "2" {
+        let counters = pod
+            .netns()
+            .enter(|| run(Command::new("nstat").args(["-asz", "TcpExtSyncookiesRecv"])))?;
+        let valid = counters.split_whitespace().nth(2).context("no counter")?;
+        ensure!(valid.parse::<usize>()? == CONNECTIONS, "{counters}");
+    }
+    Ok(())
 }
 
 #[test]

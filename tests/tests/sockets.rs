@@ -1577,7 +1577,6 @@ fn with_dead_ends(pod: &Pod) -> Result<()> {
 /// Where no packet can be sent to, nothing is redirected: the kernel's own
 /// error stands. (A client that tries IPv6 first then goes on with IPv4.)
 #[test]
-#[ignore = "open: a destination without a route is redirected"]
 fn destinations_without_a_route() -> Result<()> {
     let owners = [APP, Credentials::PROXY, Credentials::ROOT];
     every_destination(
@@ -1616,7 +1615,6 @@ fn destinations_without_a_route() -> Result<()> {
 
 /// What a subnet's broadcast address is, no connection can be made to.
 #[test]
-#[ignore = "open: a subnet's broadcast address is redirected"]
 fn broadcast_destinations() -> Result<()> {
     let owners = [APP, Credentials::PROXY];
     every_destination(as_is, Way::Blocking, &owners, |family| {

@@ -1,9 +1,9 @@
 //! `--vm`: the demo and the suites in virtual machines with other kernels.
 //!
-//! A guest has the kernel, busybox and the workspace's programs, linked
-//! statically, in an archive that is its root file system, and no disk and no
-//! network of the machine's. What it prints arrives line by line; it has
-//! succeeded only if it says so itself, in words that no other guest knows.
+//! A guest has busybox, the workspace's programs and what these need in an
+//! archive that is its root file system, and no disk and no network. What it
+//! prints arrives line by line; it has succeeded only if it says so itself, in
+//! words that no other guest knows.
 
 use std::{
     fs,
@@ -19,7 +19,7 @@ use anyhow::{Context, Result, ensure};
 use crate::{
     process::target,
     setup::{self, Need},
-    test::Counts,
+    test::{Counts, pod_suites},
 };
 
 mod debian;
@@ -41,14 +41,15 @@ const GUESTS: usize = 2;
 const LIMIT: Duration = Duration::from_secs(1200);
 
 /// Suites that no guest runs, and why.
-const NOT_IN_GUESTS: [(&str, &str); 2] = [
-    ("model", "it asks no kernel anything"),
-    ("load", "it measures, and an emulated machine has no speed"),
-];
+const NOT_IN_GUESTS: [(&str, &str); 1] =
+    [("load", "it measures, and an emulated machine has no speed")];
 
 /// Parts of the names of the tests that no guest runs: their proxies are big,
 /// and speak to the same system calls as the embedded one.
 const NO_TESTS_OF: [&str; 2] = ["envoy", "haproxy"];
+
+/// What must be there.
+const NEEDS: &[Need] = &[Need::Kernel, Need::Ip, Need::Iptables, Need::Qemu];
 
 /// A kernel that was asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -89,8 +90,9 @@ impl std::str::FromStr for Wanted {
 ///
 /// If something is missing or can't be built; a guest that fails is no error.
 pub(crate) fn demo(wanted: &[Wanted], arguments: Vec<String>) -> Result<ExitCode> {
-    setup::ensure(&[Need::Kernel, Need::Ip, Need::Iptables, Need::Qemu])?;
-    let programs = programs::build(false)?;
+    setup::ensure(NEEDS)?;
+    let names = ["interceptor", "interceptor-agent", "interceptor-demo"];
+    let programs = programs::build(&names, &[])?;
     let jobs = [Job {
         name: "demo".to_owned(),
         program: programs.binary("interceptor-demo")?.to_owned(),
@@ -105,28 +107,32 @@ pub(crate) fn demo(wanted: &[Wanted], arguments: Vec<String>) -> Result<ExitCode
 ///
 /// If something is missing or can't be built; a guest that fails is no error.
 pub(crate) fn test(wanted: &[Wanted], arguments: &[String]) -> Result<ExitCode> {
-    setup::ensure(&[Need::Kernel, Need::Ip, Need::Iptables, Need::Qemu])?;
-    let programs = programs::build(true)?;
-    let skips = NO_TESTS_OF.into_iter().flat_map(|name| ["--skip", name]);
-    let arguments: Vec<String> = skips
-        .map(str::to_owned)
-        .chain(arguments.iter().cloned())
-        .collect();
-    let mut jobs = Vec::new();
-    for (name, program) in programs.suites() {
-        match NOT_IN_GUESTS.iter().find(|(other, _)| other == name) {
-            Some((_, why)) => println!("vm: not in guests: suite {name}: {why}"),
-            None => jobs.push(Job {
-                name: name.clone(),
-                program: program.clone(),
-                arguments: arguments.clone(),
-            }),
+    setup::ensure(NEEDS)?;
+    let mut suites = pod_suites()?;
+    suites.retain(|suite| {
+        let not = NOT_IN_GUESTS.iter().find(|(name, _)| name == suite);
+        if let Some((name, why)) = not {
+            println!("vm: not in guests: suite {name}: {why}");
         }
-    }
+        not.is_none()
+    });
     println!(
         "vm: not in guests: tests of {}: too big, and the embedded proxy asks the kernel the same",
         NO_TESTS_OF.join(" and ")
     );
+    let programs = programs::build(&["interceptor"], &suites)?;
+    let skips = NO_TESTS_OF.into_iter().flat_map(|name| ["--skip", name]);
+    let skips = skips.map(str::to_owned);
+    let arguments: Vec<String> = skips.chain(arguments.iter().cloned()).collect();
+    let jobs: Vec<Job> = programs
+        .suites()
+        .iter()
+        .map(|(name, program)| Job {
+            name: name.clone(),
+            program: program.clone(),
+            arguments: arguments.clone(),
+        })
+        .collect();
     run(wanted, &programs, &jobs)
 }
 

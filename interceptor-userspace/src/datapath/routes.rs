@@ -1,5 +1,5 @@
 //! The pod's routes, read from the kernel: which prefixes are local (the
-//! chains' `-o lo`), and which source address leads to each.
+//! chains' `-o lo`) or unreachable, and which source address leads to each.
 
 use std::{
     collections::BTreeMap,
@@ -9,15 +9,16 @@ use std::{
 use futures_util::TryStreamExt as _;
 use interceptor_common::{
     conn::Address,
-    routes::{MAX_ROUTES, Route},
+    routes::{MAX_ROUTES, Route, RouteKind},
 };
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use rtnetlink::{
-    AddressMessageBuilder, Handle, RouteMessageBuilder,
+    AddressMessageBuilder, Handle, IpVersion, RouteMessageBuilder,
     packet_route::{
         AddressFamily,
         address::AddressAttribute,
         route::{RouteAddress, RouteAttribute, RouteMessage, RouteType},
+        rule::{RuleAction, RuleAttribute},
     },
 };
 
@@ -29,7 +30,7 @@ pub(crate) type Routes = BTreeMap<IpNet, Route>;
 /// Reads the routes of `netns`.
 pub(crate) fn read(netns: &Netns) -> Result<Routes> {
     with_netlink(netns, async |handle| {
-        let mut prefixes = BTreeMap::new();
+        let mut prefixes: BTreeMap<IpNet, Candidate> = BTreeMap::new();
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
             let mut request = RouteMessage::default();
             request.header.address_family = family;
@@ -39,14 +40,15 @@ pub(crate) fn read(netns: &Netns) -> Result<Routes> {
                 .await
                 .map_err(failed("reading routes"))?
             {
-                if let Some((prefix, local)) = prefix_of(&message) {
-                    // The local table comes first for the kernel.
-                    let entry = prefixes
+                if let Some((prefix, candidate)) = candidate(&message) {
+                    prefixes
                         .entry(prefix)
-                        .or_insert((local, source_of(&message)));
-                    if local && !entry.0 {
-                        *entry = (true, source_of(&message));
-                    }
+                        .and_modify(|best| {
+                            if candidate.rank < best.rank {
+                                *best = candidate;
+                            }
+                        })
+                        .or_insert(candidate);
                 }
             }
         }
@@ -66,7 +68,7 @@ pub(crate) fn read(netns: &Netns) -> Result<Routes> {
                     _ => None,
                 });
             if let Some(address) = address {
-                prefixes.insert(address.into(), (true, Some(address)));
+                prefixes.insert(address.into(), Candidate::local(address));
             }
         }
         if prefixes.len() > MAX_ROUTES as usize {
@@ -75,26 +77,97 @@ pub(crate) fn read(netns: &Netns) -> Result<Routes> {
                 most: MAX_ROUTES,
             });
         }
+        if routes_by_rule(handle).await? {
+            // Which table a connection's route is in can't be told here: none
+            // is taken to be unreachable.
+            prefixes.retain(|_, candidate| candidate.kind != RouteKind::Unreachable);
+            for prefix in [IpNet::from(Ipv4Net::default()), Ipv6Net::default().into()] {
+                prefixes.entry(prefix).or_insert(Candidate::remote());
+            }
+        }
         let all: Vec<IpNet> = prefixes.keys().copied().collect();
         let mut routes = Routes::new();
-        for (prefix, (local, preferred)) in prefixes {
-            let source = match preferred {
-                Some(source) => Some(source),
-                None => match inside(&prefix, &all) {
+        for (prefix, candidate) in prefixes {
+            let source = match (candidate.kind, candidate.source) {
+                (RouteKind::Unreachable, _) => None,
+                (_, Some(source)) => Some(source),
+                (_, None) => match inside(&prefix, &all) {
                     Some(destination) => ask_source(handle, destination).await,
                     None => None,
                 },
             };
-            routes.insert(
-                prefix,
-                Route {
-                    source: source.map_or(Address::UNSPECIFIED, Address::from),
-                    local: u32::from(local),
-                },
-            );
+            let source = source.map_or(Address::UNSPECIFIED, Address::from);
+            routes.insert(prefix, Route::new(candidate.kind, source));
         }
         Ok(routes)
     })
+}
+
+/// A route of the kernel's that may be the one for its prefix.
+#[derive(Clone, Copy)]
+struct Candidate {
+    kind: RouteKind,
+    source: Option<IpAddr>,
+    /// The table's place in the order of look-up, then the metric: the least
+    /// wins.
+    rank: (u8, u32),
+}
+
+impl Candidate {
+    const fn local(source: IpAddr) -> Self {
+        Self {
+            kind: RouteKind::Local,
+            source: Some(source),
+            rank: (0, 0),
+        }
+    }
+
+    const fn remote() -> Self {
+        Self {
+            kind: RouteKind::Remote,
+            source: None,
+            rank: (u8::MAX, u32::MAX),
+        }
+    }
+}
+
+/// Whether rules choose between tables by more than their order: any rule but
+/// the kernel's own three.
+async fn routes_by_rule(handle: &Handle) -> Result<bool> {
+    for version in [IpVersion::V4, IpVersion::V6] {
+        let mut rules = Box::pin(handle.rule().get(version).execute());
+        while let Some(rule) = rules.try_next().await.map_err(failed("reading rules"))? {
+            let standard = rule.header.action == RuleAction::ToTable
+                && order_of_table(u32::from(rule.header.table)).is_some()
+                && rule.header.src_len == 0
+                && rule.header.dst_len == 0
+                && !rule.attributes.iter().any(|attribute| {
+                    matches!(
+                        attribute,
+                        RuleAttribute::FwMark(_)
+                            | RuleAttribute::Iifname(_)
+                            | RuleAttribute::Oifname(_)
+                    )
+                });
+            if !standard {
+                return Ok(true);
+            }
+        }
+    }
+    Ok(false)
+}
+
+/// A table's place in the order in which the kernel's own rules ask it.
+fn order_of_table(table: u32) -> Option<u8> {
+    [
+        libc::RT_TABLE_LOCAL,
+        libc::RT_TABLE_MAIN,
+        libc::RT_TABLE_DEFAULT,
+    ]
+    .iter()
+    .zip(0..)
+    .find(|(known, _)| u32::from(**known) == table)
+    .map(|(_, order)| order)
 }
 
 /// Whether `lo` has the IPv6 passthrough address.
@@ -175,11 +248,16 @@ fn with_netlink<T: Send>(
     })
 }
 
-/// The prefix of a route that a connection may take, and whether it is local.
-fn prefix_of(message: &RouteMessage) -> Option<(IpNet, bool)> {
-    let local = match message.header.kind {
-        RouteType::Local => true,
-        RouteType::Unicast => false,
+/// The prefix of a route, and what it says of it.
+fn candidate(message: &RouteMessage) -> Option<(IpNet, Candidate)> {
+    let kind = match message.header.kind {
+        RouteType::Local | RouteType::Anycast => RouteKind::Local,
+        RouteType::Unicast => RouteKind::Remote,
+        RouteType::Broadcast
+        | RouteType::BlackHole
+        | RouteType::Unreachable
+        | RouteType::Prohibit
+        | RouteType::Throw => RouteKind::Unreachable,
         _ => return None,
     };
     let table = message
@@ -190,9 +268,33 @@ fn prefix_of(message: &RouteMessage) -> Option<(IpNet, bool)> {
             _ => None,
         })
         .unwrap_or_else(|| u32::from(message.header.table));
-    if table != u32::from(libc::RT_TABLE_LOCAL) && table != u32::from(libc::RT_TABLE_MAIN) {
-        return None;
-    }
+    let metric = message
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            RouteAttribute::Priority(metric) => Some(*metric),
+            _ => None,
+        })
+        .unwrap_or_default();
+    let prefix = prefix_of(message)?;
+    let source = source_of(message).or(match (prefix, kind) {
+        // A local IPv6 address is its own source (RFC 6724, section 5, rule 1).
+        (IpNet::V6(prefix), RouteKind::Local) if prefix.prefix_len() == 128 => {
+            Some(prefix.addr().into())
+        }
+        _ => None,
+    });
+    Some((
+        prefix,
+        Candidate {
+            kind,
+            source,
+            rank: (order_of_table(table)?, metric),
+        },
+    ))
+}
+
+fn prefix_of(message: &RouteMessage) -> Option<IpNet> {
     let length = message.header.destination_prefix_length;
     let destination = message
         .attributes
@@ -208,24 +310,19 @@ fn prefix_of(message: &RouteMessage) -> Option<(IpNet, bool)> {
         (None, AddressFamily::Inet6) => Ipv6Addr::UNSPECIFIED.into(),
         (None, _) => return None,
     };
-    Some((IpNet::new(destination, length).ok()?.trunc(), local))
+    Some(IpNet::new(destination, length).ok()?.trunc())
 }
 
-/// The source address that a route message names. A local IPv6 address is its
-/// own source (RFC 6724, section 5, rule 1).
+/// The source address that a route message names.
 fn source_of(message: &RouteMessage) -> Option<IpAddr> {
-    let named = message
+    message
         .attributes
         .iter()
         .find_map(|attribute| match attribute {
             RouteAttribute::PrefSource(RouteAddress::Inet(address)) => Some(IpAddr::V4(*address)),
             RouteAttribute::PrefSource(RouteAddress::Inet6(address)) => Some(IpAddr::V6(*address)),
             _ => None,
-        });
-    named.or_else(|| match prefix_of(message)? {
-        (IpNet::V6(prefix), true) if prefix.prefix_len() == 128 => Some(prefix.addr().into()),
-        _ => None,
-    })
+        })
 }
 
 /// An address for which `prefix` is the longest of `all` that match.

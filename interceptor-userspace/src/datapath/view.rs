@@ -355,6 +355,9 @@ const fn event_words(event: Event) -> &'static str {
             "listeners not registered because the kernel takes none such (MPTCP)"
         }
         Event::SourceNotKept => "connections whose source address was not kept",
+        Event::RoutesChanged => {
+            "connections stopped because the routes have changed: attach the pod again"
+        }
     }
 }
 

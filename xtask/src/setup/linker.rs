@@ -13,6 +13,14 @@ const VERSION: &str = "^0.13";
 /// The versions of LLVM that it can be built with.
 const LLVMS: [u32; 3] = [21, 22, 23];
 
+/// How to get one with its own LLVM; the newest, which is new enough.
+pub(super) const ADVICE: &str = "cargo install cargo-binstall && cargo binstall bpf-linker";
+
+/// Whether there is one, new enough or not.
+pub(super) fn is_here() -> bool {
+    find(NAME).is_some()
+}
+
 /// Finds or installs it, for a compiler with this version of LLVM.
 ///
 /// # Errors
@@ -65,7 +73,7 @@ fn install(compiler: u32) -> Result<()> {
                 &mut cargo(&["binstall", "--no-confirm", NAME]),
             );
         }
-        bail!("run: cargo install cargo-binstall && cargo binstall {NAME}");
+        bail!("run: {ADVICE}");
     };
     if apt::is_here() {
         let packages = [

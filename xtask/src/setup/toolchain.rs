@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::apt;
+use super::{apt, linker};
 use crate::process::{command, find, output, step};
 
 /// Its name, in rustup.
@@ -17,7 +17,15 @@ const NAME: &str = "interceptor-bpf";
 /// Debian's compiler and the source of core, which are in /usr.
 const PACKAGES: [&str; 3] = ["rustc-web", "cargo-web", "rust-web-src"];
 
-const ADVICE: &str = "run: rustup toolchain install nightly --profile default --component rust-src";
+/// What to do where Debian's packages aren't.
+fn advice() -> String {
+    let nightly = "rustup toolchain install nightly --profile default --component rust-src";
+    if linker::is_here() {
+        nightly.to_owned()
+    } else {
+        format!("{nightly} && {}", linker::ADVICE)
+    }
+}
 
 /// A compiler that can build the kernel programs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -101,11 +109,11 @@ pub(super) fn ensure() -> Result<Compiler> {
         return compiler.link();
     }
     if !apt::is_here() || !apt::unknown(&PACKAGES)?.is_empty() {
-        bail!("{ADVICE}");
+        bail!("run: {}", advice());
     }
-    apt::install(&PACKAGES).with_context(|| format!("{ADVICE}\n  or install Debian's"))?;
+    apt::install(&PACKAGES).with_context(|| format!("Debian's, or run: {}", advice()))?;
     of_debian()
-        .with_context(|| format!("Debian's packages are no such toolchain; {ADVICE}"))?
+        .with_context(|| format!("Debian's packages are no such toolchain; run: {}", advice()))?
         .link()
 }
 

@@ -81,8 +81,8 @@ pub(super) fn write(
             archive.program(&path, &path)?;
         }
     }
-    for path in programs.all() {
-        archive.program(path, path)?;
+    for (path, stripped) in programs.all() {
+        archive.program(path, &stripped)?;
     }
     for (name, content) in &modules.load {
         let path = Path::new(MODULES).join(format!("{name}.ko"));

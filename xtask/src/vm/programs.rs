@@ -1,63 +1,66 @@
-//! The workspace's programs for guests, linked statically: a guest has no
-//! libraries but those of the few programs of the machine's.
+//! The workspace's programs for guests: the very ones that run on the machine,
+//! without what is for debuggers.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use serde_json::Value;
+use tempfile::TempDir;
 
-use crate::process::{cargo, output, target};
+use crate::{
+    compile::HOST,
+    process::{cargo, command, output},
+};
 
-/// What cargo built.
+/// What cargo built, and what of it guests get.
 pub(super) struct Programs {
     binaries: Vec<(String, PathBuf)>,
     suites: Vec<(String, PathBuf)>,
+    stripped: TempDir,
 }
 
-/// Builds the programs, and the suites if they are wanted.
+/// Builds these programs, and these suites with the programs of their package.
 ///
 /// # Errors
 ///
 /// If the build fails.
-pub(super) fn build(suites: bool) -> Result<Programs> {
-    let host = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
-    // For the target alone, so not for the kernel programs.
-    let flags = format!(
-        "CARGO_TARGET_{}_RUSTFLAGS",
-        host.to_uppercase().replace('-', "_")
-    );
-    let mut command = cargo(&["build", "--package", "interceptor-userspace"]);
-    command
-        .args(["--package", "interceptor-tests", "--bins"])
-        .args(["--message-format", "json-render-diagnostics"])
-        .args(["--target", &host, "--target-dir"])
-        .arg(target()?.join("vm/build"))
-        .env_remove("RUSTFLAGS")
-        .env_remove("CARGO_ENCODED_RUSTFLAGS")
-        // What is not stripped would be most of a guest's memory.
-        .env(flags, "-C target-feature=+crt-static -C strip=debuginfo");
-    if suites {
-        command.args(["--test", "*"]);
+pub(super) fn build(programs: &[&str], suites: &[String]) -> Result<Programs> {
+    let programs = programs.iter().flat_map(|program| ["--bin", program]);
+    let mut messages = built(cargo(&["build"]).args(HOST).args(programs))?;
+    if !suites.is_empty() {
+        let suites = suites.iter().flat_map(|suite| ["--test", suite]);
+        messages += &built(cargo(&["test", "--no-run"]).args(HOST).args(suites))?;
     }
-    // What cargo says to people is on its standard error.
-    command.stderr(std::process::Stdio::inherit());
-    let messages = output(&mut command)?;
     let artifacts = |kind: &str| -> Vec<(String, PathBuf)> {
-        messages
-            .lines()
-            .filter_map(|line| artifact(line, kind))
-            .collect()
+        let lines = messages.lines();
+        lines.filter_map(|line| artifact(line, kind)).collect()
     };
     let programs = Programs {
         binaries: artifacts("bin"),
         suites: artifacts("test"),
+        stripped: tempfile::tempdir().context("make a temporary directory")?,
     };
-    ensure!(!programs.binaries.is_empty(), "cargo built no programs");
-    ensure!(
-        programs.suites.is_empty() != suites,
-        "cargo built other suites than were wanted"
-    );
+    for (source, stripped) in programs.all() {
+        output(
+            command("strip")
+                .arg("--strip-debug")
+                .arg("-o")
+                .args([stripped.as_path(), source]),
+        )?;
+    }
     Ok(programs)
+}
+
+/// Runs a build, and returns what it says to programs.
+fn built(command: &mut Command) -> Result<String> {
+    output(
+        command
+            .args(["--message-format", "json-render-diagnostics"])
+            .stderr(Stdio::inherit()),
+    )
 }
 
 /// The name and the path of a program that a line of cargo's speaks of.
@@ -90,10 +93,10 @@ impl Programs {
         &self.suites
     }
 
-    /// The paths of all.
-    pub(super) fn all(&self) -> impl Iterator<Item = &Path> {
+    /// The path of each, and the path of what a guest gets instead.
+    pub(super) fn all(&self) -> impl Iterator<Item = (&Path, PathBuf)> {
         let all = self.binaries.iter().chain(&self.suites);
-        all.map(|(_, path)| path.as_path())
+        all.filter_map(|(_, path)| Some((path.as_path(), self.stripped.path().join(path.file_name()?))))
     }
 }
 
