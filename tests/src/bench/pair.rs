@@ -242,7 +242,13 @@ fn both_ways(mut client: Socket, mut upstream: Socket) -> io::Result<()> {
     let mut buffer = vec![0; 64 << 10];
     let mut open = [true; 2];
     while open != [false; 2] {
-        let events = open.map(|open| if open { PollFlags::POLLIN } else { PollFlags::empty() });
+        let events = open.map(|open| {
+            if open {
+                PollFlags::POLLIN
+            } else {
+                PollFlags::empty()
+            }
+        });
         let mut fds = [
             PollFd::new(client.as_fd(), events[0]),
             PollFd::new(upstream.as_fd(), events[1]),

@@ -123,7 +123,9 @@ const STEPS: &[Step] = &[
         before: Before::Nothing,
         measures: &[
             ("cpu_per_connection", |m| m.cpu_ns),
-            ("machine_per_connection", |m| m.machine_ns / f64::from(m.units)),
+            ("machine_per_connection", |m| {
+                m.machine_ns / f64::from(m.units)
+            }),
         ],
     },
     Step {
@@ -182,11 +184,7 @@ fn connections(to: Targets, close: Close, count: u32) -> Job {
 
 /// Makes rounds until the time is up or there are enough.
 #[expect(clippy::print_stderr, reason = "progress")]
-pub(crate) fn run(
-    stages: &mut [Stage],
-    most: usize,
-    until: Instant,
-) -> Result<Data> {
+pub(crate) fn run(stages: &mut [Stage], most: usize, until: Instant) -> Result<Data> {
     let mut data = Data::default();
     let mut said = Instant::now();
     for round in 0..most {

@@ -42,7 +42,8 @@ impl Stage {
         let cli = mode.install(&pod)?;
         let proxy = Inside::start(&pod, Host::Pod, Credentials::PROXY)?;
         let listen = |port| proxy.listen(([0, 0, 0, 0], port).into());
-        let start = |host, listener| Worker::start(&pod, host, Some(listener), mode.intercepts(), cpu);
+        let start =
+            |host, listener| Worker::start(&pod, host, Some(listener), mode.intercepts(), cpu);
         let listener = listen(15001)?;
         let outbound = start(Host::Pod, &listener)?;
         let inbound = start(Host::Peer, &listen(15006)?)?;
