@@ -1,7 +1,5 @@
 //! The way in: which listener gets a new connection.
 
-use core::ptr::null_mut;
-
 use aya_ebpf::{
     bindings::{
         BPF_SK_LOOKUP_F_REPLACE,
@@ -70,15 +68,8 @@ fn from_outside(
     if decision.verdict == Verdict::Direct || assign(ctx, ProxyPort::Inbound, false) {
         return SK_PASS;
     }
-    // Never past the proxy, whatever another program has chosen.
-    // SAFETY: the program's own context; null takes a choice back.
-    unsafe {
-        bpf_sk_assign(
-            ctx.lookup.cast(),
-            null_mut(),
-            u64::from(BPF_SK_LOOKUP_F_REPLACE),
-        );
-    }
+    // To the kernel another program's choice counts for more than a refusal,
+    // and a refusal can't take it back.
     maps::count(Event::NoInboundListener);
     warn!(ctx, "refused, no proxy listens: port {}", local.port);
     SK_DROP
@@ -101,9 +92,13 @@ fn from_inside(
         proxy: local,
     };
     if handshakes::get(&handshake).is_some() {
-        // With no listener known, the kernel's own look-up refuses it.
-        assign(ctx, port, true);
-        SK_PASS
+        if assign(ctx, port, true) || local.address.is_loopback() {
+            // With no listener known, the kernel's own look-up decides.
+            SK_PASS
+        } else {
+            // It would find a listener that localhost has not.
+            SK_DROP
+        }
     } else if is_proxy_address_v4(&local.address) {
         // Its original destination is lost.
         SK_DROP

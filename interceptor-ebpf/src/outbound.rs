@@ -206,9 +206,10 @@ fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Connect {
     if bound_to_any {
         if source.is_unspecified() {
             maps::count(Event::SourceNotKept);
-        } else if local.port != 0 {
-            // A port bound to any address can't be bound again. Local to
-            // local, the source is the destination.
+        } else if local.port != 0 || !source.is_v4() {
+            // A port bound to any address can't be bound again, and bind()
+            // would make an AF_INET6 socket IPv6's alone for ever. To the
+            // proxy's port on the source address itself, that is the source.
             endpoint.address = source;
         } else if bind(ctx.sock_addr, sk, source) {
             source_chosen = 1;
@@ -321,6 +322,11 @@ fn connecting(ctx: &SockOpsContext) {
         return;
     }
     let (client, proxy) = ends(ctx.ops);
+    if !proxy.address.is_loopback() && proxy.address != client.address {
+        // The address was the pod's when the routes were read.
+        stop(ctx);
+        return;
+    }
     let key = Handshake { client, proxy };
     if handshakes::insert(&key, &origin.original_destination).is_err() {
         maps::count(Event::OriginLost);

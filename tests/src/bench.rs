@@ -7,6 +7,7 @@ mod mode;
 mod pair;
 mod report;
 mod rounds;
+mod signals;
 mod stage;
 mod stats;
 mod worker;
@@ -95,12 +96,12 @@ pub fn run(args: &Args) -> Result<()> {
 )]
 fn measure(args: &Args) -> Result<()> {
     let start = Instant::now();
-    stage::catch_signals()?;
+    signals::catch()?;
     // The last, away from where interrupts tend to be.
     let cpu = thread::available_parallelism()?.get() - 1;
     let mut stages = Vec::new();
     for mode in Mode::ALL {
-        stage::check_interrupted()?;
+        signals::check()?;
         stages.push(Stage::new(mode, cpu).with_context(|| format!("set {mode} up"))?);
     }
     let seconds = if args.quick { 120 } else { args.seconds };

@@ -635,12 +635,19 @@ fn differs_by_design(expected: &Row, observed: &Row) -> bool {
         .contains(&expected.observed.served_by);
     match expected.case.from {
         // REDIRECT sends to 127.0.0.1. Interceptor spreads over 127.15.1.0/24,
-        // so that not all destinations share one range of ephemeral ports.
+        // so that not all destinations share one range of ephemeral ports. In
+        // IPv6 it sends to the source address, which needs no bind() to be kept.
         Host::Pod => {
-            through_proxy
-                && iptables.ip() == Ipv4Addr::LOCALHOST
-                && matches!(interceptor.ip(), IpAddr::V4(v4) if v4.octets()[..3] == [127, 15, 1])
-                && interceptor.port() == iptables.port()
+            let sent_to = match interceptor.ip() {
+                IpAddr::V4(v4) => {
+                    iptables.ip() == Ipv4Addr::LOCALHOST && v4.octets()[..3] == [127, 15, 1]
+                }
+                IpAddr::V6(v6) => {
+                    iptables.ip() == Ipv6Addr::LOCALHOST
+                        && expected.observed.client_getsockname == format!("[{v6}]:*")
+                }
+            };
+            through_proxy && sent_to && interceptor.port() == iptables.port()
         }
         // REDIRECT changes the port. Interceptor leaves the packet alone and
         // chooses the socket: its local address is the one the client dialled.

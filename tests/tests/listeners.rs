@@ -379,9 +379,14 @@ fn in_state(world: &World, state: &str) -> Result<bool> {
 fn a_proxy_that_closes_last_is_acknowledged() -> Result<()> {
     let world = World::new()?;
     world.cli.attach(&world.pod)?;
-    for (to, address) in Way::Out.destinations().into_iter().zip(EVERYWHERE) {
+    let addresses = Way::Out.destinations().into_iter().zip(EVERYWHERE);
+    for ((to, address), bind) in addresses.flat_map(|a| [(a, false), (a, true)]) {
         let listener = world.proxy.listen((address, OUTBOUND).into())?;
         let client = world.app.tcp(to)?;
+        if bind {
+            let source = if to.is_ipv4() { POD_V4 } else { POD_V6 };
+            client.bind(&SocketAddr::new(source, 0).into())?;
+        }
         client.connect(&to.into())?;
         let (accepted, _) = listener.accept()?;
         drop(client);
@@ -389,7 +394,7 @@ fn a_proxy_that_closes_last_is_acknowledged() -> Result<()> {
             wait_until(what, Duration::from_secs(2), || {
                 Ok((in_state(&world, state)? == wanted).then_some(()))
             })
-            .with_context(|| format!("connection to {to}"))
+            .with_context(|| format!("connection to {to}, bound: {bind}"))
         };
         // From then on the client's side has no socket: what the kernel says
         // for it must find its way.
@@ -399,7 +404,11 @@ fn a_proxy_that_closes_last_is_acknowledged() -> Result<()> {
             true,
         )?;
         drop(accepted);
-        wait("the client's side takes the proxy's FIN", "time-wait", true)?;
+        wait(
+            "the client's side takes the proxy's FIN",
+            "fin-wait-2",
+            false,
+        )?;
         wait("the client acknowledges the proxy's FIN", "last-ack", false)?;
     }
     Ok(())

@@ -152,14 +152,14 @@ fn a_full_accept_queue_loses_no_destination() -> Result<()> {
     // These are patient, and it accepts at last.
     let patient = Connect {
         threads: 16,
-        ..outbound(2000)
+        ..outbound(200)
     };
     let patient = Clients::start(&pod, Host::Pod, APP, patient)?;
     thread::sleep(Duration::from_millis(500));
     proxy.accept()?;
     let patient = patient.tally()?;
     ensure!(patient.wrong == 0, "{patient:?}");
-    ensure!(patient.right >= 1900, "{patient:?}");
+    ensure!(patient.right >= 150, "{patient:?}");
     // What gave up while the queue was full is told by the kernel's timers.
     assert_no_handshakes(&cli, &pod, Duration::from_secs(40))
 }

@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::socket::{setsockopt, sockopt::IpBindAddressNoPort},
@@ -41,7 +41,7 @@ const PASSTHROUGH: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 6);
 const THREADS: usize = 4;
 
 /// Makes the client's pod and the server's, joined by a cable.
-pub(crate) fn pods() -> Result<(Pod, Pod)> {
+fn pods() -> Result<(Pod, Pod)> {
     let (client, server) = (Pod::new()?, Pod::new()?);
     client.netns().ip(&format!(
         "link add eth1 type veth peer name eth1 netns {}",
@@ -54,18 +54,19 @@ pub(crate) fn pods() -> Result<(Pod, Pod)> {
     Ok((client, server))
 }
 
-/// The client of a pair, its proxy, and the whole other pod. Goes in this order.
+/// A pair of pods with all that runs in them; goes in this order.
 pub(crate) struct Pair {
     client: Worker,
     _processes: [Process; 3],
-    _cli: Option<Cli>,
-    _server: Pod,
+    _attached: [Option<Cli>; 2],
+    _pods: (Pod, Pod),
 }
 
 impl Pair {
-    /// Starts all, with the server's pod intercepted as the client's is.
-    pub(crate) fn new(mode: Mode, client: &Pod, server: Pod, cpu: usize) -> Result<Self> {
-        let cli = mode.install(&server)?;
+    /// Makes both pods and starts all, on one CPU.
+    pub(crate) fn new(mode: Mode, cpu: usize) -> Result<Self> {
+        let (client, server) = pods()?;
+        let attached = [mode.install(&client)?, mode.install(&server)?];
         let proxy = Credentials::PROXY;
         // Without interception the proxies must be told where to connect.
         let app = Forward::listening(APP_PORT);
@@ -82,11 +83,11 @@ impl Pair {
             _processes: [
                 Process::start("serve", &server, Credentials::ROOT, app, cpu)?,
                 Process::start("forward", &server, proxy, inbound, cpu)?,
-                Process::start("forward", client, proxy, outbound, cpu)?,
+                Process::start("forward", &client, proxy, outbound, cpu)?,
             ],
-            client: Worker::start(client, Host::Pod, None, mode.intercepts(), cpu)?,
-            _cli: cli,
-            _server: server,
+            client: Worker::start(&client, Host::Pod, None, mode.intercepts(), cpu)?,
+            _attached: attached,
+            _pods: (client, server),
         })
     }
 
@@ -118,8 +119,11 @@ impl Process {
         if let Some(source) = forward.source {
             command.args(["--source", &source.to_string()]);
         }
-        let process = Self(command.spawn().with_context(|| format!("start {role}"))?);
+        let mut process = Self(command.spawn().with_context(|| format!("start {role}"))?);
         wait_until("it listens", Duration::from_secs(10), || {
+            if let Some(status) = process.0.try_wait()? {
+                bail!("it ended: {status}");
+            }
             Ok(listens(pod.netns(), forward.port)?.then_some(()))
         })
         .with_context(|| format!("{role} on port {}", forward.port))?;

@@ -9,7 +9,8 @@ use anyhow::{Context as _, Result};
 use super::{
     load::{Close, Targets},
     mode::{Mode, Path},
-    stage::{Stage, check_interrupted},
+    signals,
+    stage::Stage,
     worker::{Job, Measured},
 };
 
@@ -201,7 +202,7 @@ pub(crate) fn run(stages: &mut [Stage], most: usize, until: Instant) -> Result<D
                 .filter(|step| round % step.every == 0 && step.paths.contains(&path))
             {
                 for turn in 0..stages.len() {
-                    check_interrupted()?;
+                    signals::check()?;
                     // Each mode comes first in its turn, and each comes before
                     // each other as often as after it.
                     let turn = if round % 2 == 0 {

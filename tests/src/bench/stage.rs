@@ -5,13 +5,12 @@ use std::{
     sync::atomic::{AtomicBool, Ordering},
 };
 
-use anyhow::{Context as _, Result, bail};
-use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+use anyhow::{Context as _, Result};
 use socket2::Socket;
 
 use super::{
     mode::{Mode, Path},
-    pair::{self, Pair},
+    pair::Pair,
     worker::Worker,
 };
 use crate::{
@@ -38,7 +37,7 @@ pub(crate) struct Stage {
 impl Stage {
     /// Makes pods and starts workers on a CPU.
     pub(crate) fn new(mode: Mode, cpu: usize) -> Result<Self> {
-        let (pod, server) = pair::pods()?;
+        let pod = Pod::new()?;
         let cli = mode.install(&pod)?;
         let proxy = Inside::start(&pod, Host::Pod, Credentials::PROXY)?;
         let listen = |port| proxy.listen(([0, 0, 0, 0], port).into());
@@ -50,7 +49,7 @@ impl Stage {
         Ok(Self {
             outbound,
             inbound,
-            pair: Pair::new(mode, &pod, server, cpu)?,
+            pair: Pair::new(mode, cpu)?,
             listener,
             cli,
             pod,
@@ -97,33 +96,4 @@ pub(crate) fn flush(netns: &Netns) -> Result<()> {
             .context("end connections in TIME_WAIT (the kernel needs CONFIG_INET_DIAG_DESTROY)")
             .map(drop)
     })
-}
-
-/// Set by signals that ask this program to end.
-static INTERRUPTED: AtomicBool = AtomicBool::new(false);
-
-extern "C" fn interrupt(_: libc::c_int) {
-    INTERRUPTED.store(true, Ordering::Relaxed);
-}
-
-/// Has signals end the benchmark where it checks for them.
-pub(crate) fn catch_signals() -> Result<()> {
-    let action = SigAction::new(
-        SigHandler::Handler(interrupt),
-        SaFlags::SA_RESTART,
-        SigSet::empty(),
-    );
-    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
-        // SAFETY: the handler only stores to an atomic.
-        unsafe { sigaction(signal, &action) }.with_context(|| format!("catch {signal}"))?;
-    }
-    Ok(())
-}
-
-/// An error if a signal has asked for the end.
-pub(crate) fn check_interrupted() -> Result<()> {
-    if INTERRUPTED.load(Ordering::Relaxed) {
-        bail!("interrupted; everything is removed");
-    }
-    Ok(())
 }

@@ -8,17 +8,28 @@
 
 use std::{
     io::{BufRead as _, BufReader, Write as _},
-    os::fd::AsRawFd as _,
+    os::fd::{AsFd as _, AsRawFd as _},
     process::{Child, ChildStdin, ChildStdout, Stdio},
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail};
-use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::{
+    errno::Errno,
+    fcntl::{FcntlArg, FdFlag, fcntl},
+    poll::{PollFd, PollFlags, poll},
+};
 use serde::{Deserialize, Serialize};
 use socket2::Socket;
 
-use super::load::{Close, Load, Targets};
+use super::{
+    load::{Close, Load, Targets},
+    signals,
+};
 use crate::pod::{Credentials, Host, Pod};
+
+/// How long a job may take.
+const LIMIT: Duration = Duration::from_secs(120);
 
 /// What a worker can be told to do.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
@@ -166,6 +177,23 @@ impl Worker {
             bail!("a worker has ended; what it printed is above");
         }
         serde_json::from_str(&line).with_context(|| format!("a worker's answer: {line}"))
+    }
+
+    /// Waits until it has answered.
+    fn wait(&self) -> Result<()> {
+        let start = Instant::now();
+        while start.elapsed() < LIMIT {
+            signals::check()?;
+            let mut answer = [PollFd::new(
+                self.output.get_ref().as_fd(),
+                PollFlags::POLLIN,
+            )];
+            match poll(&mut answer, 500_u16) {
+                Ok(0) | Err(Errno::EINTR) => {}
+                result => return Ok(result.map(drop)?),
+            }
+        }
+        bail!("not done after {LIMIT:?}")
     }
 }
 
