@@ -92,13 +92,10 @@ fn from_inside(
         proxy: local,
     };
     if handshakes::get(&handshake).is_some() {
-        if assign(ctx, port, true) || local.address.is_loopback() {
-            // With no listener known, the kernel's own look-up decides.
-            SK_PASS
-        } else {
-            // It would find a listener that localhost has not.
-            SK_DROP
-        }
+        // With no listener known, the kernel's own look-up decides: it refuses,
+        // or finds one that can't be registered.
+        assign(ctx, port, true);
+        SK_PASS
     } else if is_proxy_address_v4(&local.address) {
         // Its original destination is lost.
         SK_DROP

@@ -1,10 +1,15 @@
 //! The benchmark: what interception costs, in one run, for no interception,
 //! live iptables and Interceptor, and how sure that is.
 
+mod attach;
+mod capacity;
+mod docs;
 mod hooks;
 mod load;
+mod machine;
 mod mode;
 mod pair;
+mod plot;
 mod report;
 mod rounds;
 mod signals;
@@ -13,6 +18,7 @@ mod stats;
 mod worker;
 
 use std::{
+    path::{Path as FilePath, PathBuf},
     thread,
     time::{Duration, Instant},
 };
@@ -21,10 +27,17 @@ use anyhow::{Context as _, Result};
 use clap::{Subcommand, ValueEnum};
 
 use self::{
+    machine::Machine,
     mode::{Mode, Path},
     report::Report,
     stage::Stage,
 };
+
+/// After how many seconds no round begins, if it must be quick.
+const QUICK: u64 = 110;
+
+/// Processes that keep connections open, for more than 100,000 in all.
+const FULL_PROCESSES: u32 = 12;
 
 /// Measures what intercepting a pod's connections costs.
 ///
@@ -37,9 +50,12 @@ use self::{
     args_conflicts_with_subcommands = true
 )]
 pub struct Args {
-    /// Under three minutes: the ratios that matter, as JSON
-    #[arg(long)]
+    /// Under three minutes: the ratios as JSON, by <path>.<measure>.<mode>
+    #[arg(long, conflicts_with_all = ["full", "seconds", "output", "write_docs"])]
     quick: bool,
+    /// All, with 500 pods and 100,000 connections at once
+    #[arg(long)]
+    full: bool,
     /// Rounds at most
     #[arg(long, value_name = "N", default_value_t = 60, value_parser = clap::value_parser!(u16).range(1..=500))]
     rounds: u16,
@@ -49,6 +65,12 @@ pub struct Args {
     /// The form of what is printed
     #[arg(short, long, value_enum, default_value_t = Output::Table)]
     output: Output,
+    /// Write plots (SVG) and the results (JSON) into this directory
+    #[arg(long, value_name = "DIR")]
+    plots: Option<PathBuf>,
+    /// Write docs/PERFORMANCE.md, with its plots and the results
+    #[arg(long)]
+    write_docs: bool,
     #[command(subcommand)]
     role: Option<Role>,
 }
@@ -89,43 +111,88 @@ pub fn run(args: &Args) -> Result<()> {
     }
 }
 
-#[expect(
-    clippy::print_stdout,
-    clippy::print_stderr,
-    reason = "a program for people"
-)]
 fn measure(args: &Args) -> Result<()> {
     let start = Instant::now();
+    let machine = Machine::this();
     signals::catch()?;
     // The last, away from where interrupts tend to be.
     let cpu = thread::available_parallelism()?.get() - 1;
+    say("making pods");
     let mut stages = Vec::new();
     for mode in Mode::ALL {
         signals::check()?;
         stages.push(Stage::new(mode, cpu).with_context(|| format!("set {mode} up"))?);
     }
-    let seconds = if args.quick { 120 } else { args.seconds };
+    let seconds = if args.quick { QUICK } else { args.seconds };
     let data = rounds::run(
         &mut stages,
         args.rounds.into(),
         start + Duration::from_secs(seconds),
     )?;
-    let mut report = Report::new(&data);
+    let mut report = Report::new(machine, &data);
     for stage in stages.iter_mut().filter(|stage| stage.cli().is_some()) {
-        report.add_memory(stage.mode, hooks::memory(stage)?);
         for path in [Path::Outbound, Path::Inbound] {
             report.add_hooks(stage.mode, path, hooks::measure(stage, path)?);
         }
     }
-    drop(stages);
-    if args.quick {
-        println!("{}", serde_json::to_string_pretty(&report.ratios())?);
-        eprintln!("{report}");
-    } else {
-        match args.output {
-            Output::Table => println!("{report}"),
-            Output::Json => println!("{}", serde_json::to_string_pretty(&report)?),
+    if !args.quick {
+        for stage in &mut stages {
+            if stage.mode != Mode::DirectAgain {
+                let full = args.full.then_some(FULL_PROCESSES);
+                report.capacity.extend(capacity::measure(stage, full, cpu)?);
+            }
         }
+    }
+    drop(stages);
+    attach(args, &mut report)?;
+    if args.write_docs {
+        let tests = FilePath::new(env!("CARGO_MANIFEST_DIR"));
+        let docs = tests.parent().unwrap_or(tests).join("docs");
+        docs::write(&report, &docs)?;
+    }
+    if let Some(directory) = &args.plots {
+        docs::write_results(&report, directory)?;
+    }
+    show(args, &report)
+}
+
+/// Attaches new pods: one, and many.
+fn attach(args: &Args, report: &mut Report) -> Result<()> {
+    let counts: &[usize] = match (args.quick, args.full) {
+        (true, _) => &[1],
+        (false, false) => &[1, 100],
+        (false, true) => &[1, 100, 500],
+    };
+    for mode in Mode::ALL.into_iter().filter(|mode| mode.intercepts()) {
+        for pods in counts {
+            say(&format!("attaching {pods}: {mode}"));
+            report.attach.push(attach::measure(mode, *pods)?);
+        }
+    }
+    let proxy = attach::proxy_memory()?;
+    report.resident.insert("interceptor proxy", proxy);
+    Ok(())
+}
+
+#[expect(clippy::print_stderr, reason = "progress")]
+fn say(what: &str) {
+    eprintln!("bench: {what}");
+}
+
+#[expect(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "a program for people"
+)]
+fn show(args: &Args, report: &Report) -> Result<()> {
+    if args.quick {
+        eprintln!("{report}");
+        println!("{}", serde_json::to_string_pretty(&report.ratios())?);
+        return Ok(());
+    }
+    match args.output {
+        Output::Table => println!("{report}"),
+        Output::Json => println!("{}", serde_json::to_string_pretty(report)?),
     }
     Ok(())
 }

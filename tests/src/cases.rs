@@ -597,7 +597,7 @@ pub fn exactly(expected: &Row, observed: &Row) -> Vec<String> {
 }
 
 /// Every column in which Interceptor's row differs from that of iptables, but
-/// for what [`differs_by_design`].
+/// for what `differs_by_design`.
 pub fn as_interceptor_may(expected: &Row, observed: &Row) -> Vec<String> {
     differences(expected, observed, |column, expected, observed| {
         column == "server_getsockname" && differs_by_design(expected, observed)

@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -241,11 +241,13 @@ fn run_server(serve: &Serve) -> Result<()> {
             })
         })
         .collect();
+    // None ends but by an error.
     for thread in accepting {
-        match thread.join() {
-            Ok(Err(error)) => return Err(error).context("accept"),
-            _ => bail!("a thread panicked"),
-        }
+        thread
+            .join()
+            .ok()
+            .context("a thread panicked")?
+            .context("accept")?;
     }
     Ok(())
 }

@@ -1,5 +1,7 @@
 //! Attaching and detaching: all or nothing, again and again, interrupted at
 //! any moment, and with every kind of wrong argument.
+//!
+//! Not here: a kernel without BTF, because the running one has it.
 
 use std::{
     fs,

@@ -39,8 +39,13 @@ fn checks() -> [(&'static str, Command); 4] {
     let mut clippy = cargo(&["clippy"]);
     clippy
         .args(HOST)
-        .args(["--all-targets", "--", "-D", "warnings"]);
-    let mut documentation = cargo(&["doc", "--no-deps", "--document-private-items"]);
+        .args(["--all-targets", "--keep-going", "--", "-D", "warnings"]);
+    let mut documentation = cargo(&[
+        "doc",
+        "--keep-going",
+        "--no-deps",
+        "--document-private-items",
+    ]);
     documentation.args(HOST).env("RUSTDOCFLAGS", "-D warnings");
     [
         ("format", cargo(&["fmt", "--all", "--check"])),

@@ -10,6 +10,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
+mod bench;
 mod compile;
 mod lint;
 mod process;
@@ -35,6 +36,8 @@ enum Command {
     Run(run::Args),
     /// Run the tests (pod and all need root)
     Test(test::Args),
+    /// Measure what interception costs (needs root; --help lists its flags)
+    Bench(bench::Args),
     /// Check the format, the lints and the documentation
     Lint,
 }
@@ -45,6 +48,7 @@ fn main() -> Result<ExitCode> {
         Command::Build => println!("{}", compile::release()?.display()),
         Command::Run(args) => run::run(&args)?,
         Command::Test(args) => return test::run(&args),
+        Command::Bench(args) => bench::bench(&args)?,
         Command::Lint => lint::run()?,
     }
     Ok(ExitCode::SUCCESS)

@@ -12,7 +12,11 @@ use aya_obj::generated::{bpf_cmd, bpf_stats_type};
 use serde::Serialize;
 
 use super::{load::Close, mode::Path, stage::Stage, worker::Job};
-use crate::bpf::{self, Id, Kind};
+use crate::{
+    bpf::{self, Id, Kind},
+    cli::Cli,
+    pod::Pod,
+};
 
 /// What a hook does for one connection.
 #[derive(Clone, Debug, Serialize)]
@@ -35,7 +39,8 @@ pub(crate) fn measure(stage: &mut Stage, path: Path) -> Result<Vec<Hook>> {
         request: false,
         count: CONNECTIONS,
     };
-    let programs = programs(stage)?;
+    let cli = stage.cli().context("not attached by Interceptor")?;
+    let programs = programs(cli, stage.pod())?;
     let _statistics = statistics()?;
     let before = programs
         .iter()
@@ -58,9 +63,9 @@ pub(crate) fn measure(stage: &mut Stage, path: Path) -> Result<Vec<Hook>> {
 }
 
 /// The kernel memory of a pod's programs and maps, in bytes.
-pub(crate) fn memory(stage: &Stage) -> Result<f64> {
+pub(crate) fn memory(cli: &Cli, pod: &Pod) -> Result<f64> {
     let mut objects = BTreeSet::new();
-    for (_, id) in programs(stage)? {
+    for (_, id) in programs(cli, pod)? {
         objects.insert(Id(Kind::Program, id));
         objects.extend(bpf::maps_of(id)?);
     }
@@ -68,9 +73,8 @@ pub(crate) fn memory(stage: &Stage) -> Result<f64> {
 }
 
 /// The names and the kernel's numbers of a pod's programs.
-fn programs(stage: &Stage) -> Result<Vec<(String, u32)>> {
-    let cli = stage.cli().context("not attached by Interceptor")?;
-    let status = cli.status(stage.pod().name())?;
+fn programs(cli: &Cli, pod: &Pod) -> Result<Vec<(String, u32)>> {
+    let status = cli.status(pod.name())?;
     status["links"]
         .as_array()
         .into_iter()

@@ -33,6 +33,13 @@ const PART: u32 = 20;
 /// The size of a request and of a round trip's message.
 const MESSAGE: usize = 64;
 
+/// How long accept() may take.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long connect() may take where it may fail: less than after which a lost
+/// packet is sent again.
+const FIRST_TRY: Duration = Duration::from_millis(900);
+
 /// How much is in flight at once on a bulk connection: less than the smallest
 /// buffers hold, because the same thread writes and reads.
 const BULK: usize = 64 << 10;
@@ -96,9 +103,15 @@ impl Load {
         pin(cpu)?;
         let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
         setrlimit(Resource::RLIMIT_NOFILE, most, most)?;
+        // SAFETY: who started this process opened it for this use alone.
+        let listener: Option<Socket> =
+            listener.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }.into());
+        if let Some(listener) = &listener {
+            // Bounds accept().
+            listener.set_read_timeout(Some(PATIENCE))?;
+        }
         Ok(Self {
-            // SAFETY: who started this process opened it for this use alone.
-            listener: listener.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }.into()),
+            listener,
             intercepted,
             cpus,
             kept: Vec::new(),
@@ -155,7 +168,15 @@ impl Load {
 
     fn connect(&self, to: &SockAddr) -> Result<Connection> {
         let client = tcp_socket()?;
-        client.connect(to).context("connect")?;
+        // Bounds connect(), too.
+        client.set_write_timeout(Some(FIRST_TRY))?;
+        match client.connect(to) {
+            Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => {
+                bail!("connect: the first packet is lost")
+            }
+            result => result.context("connect")?,
+        }
+        client.set_write_timeout(None)?;
         Ok(Connection {
             client,
             accepted: self.accept(to)?,

@@ -140,7 +140,7 @@ impl Drop for Process {
 }
 
 /// Whether something listens on the port, by the text of /proc/net/tcp.
-fn listens(netns: &Netns, port: u16) -> Result<bool> {
+pub(crate) fn listens(netns: &Netns, port: u16) -> Result<bool> {
     const LISTEN: &str = "0A";
     let sockets = netns.enter(|| {
         std::fs::read_to_string("/proc/thread-self/net/tcp").context("read /proc/net/tcp")

@@ -6,7 +6,10 @@ use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
 
 use super::{
+    attach::Attach,
+    capacity::Capacity,
     hooks::Hook,
+    machine::Machine,
     mode::{Mode, Path},
     rounds::Data,
     stats::{Spread, quantile},
@@ -15,45 +18,60 @@ use super::{
 /// All results.
 #[derive(Debug, Serialize)]
 pub(crate) struct Report {
-    measures: Vec<Measure>,
-    hooks: Vec<Hooks>,
-    /// Bytes of kernel memory per pod.
-    memory_per_pod: BTreeMap<String, f64>,
+    pub(crate) machine: Machine,
+    pub(crate) measures: Vec<Measure>,
+    pub(crate) hooks: Vec<Hooks>,
+    pub(crate) capacity: Vec<Capacity>,
+    pub(crate) attach: Vec<Attach>,
+    /// Bytes of each process that can run for long.
+    pub(crate) resident: BTreeMap<&'static str, f64>,
+    pub(crate) not_measured: Vec<&'static str>,
 }
 
 /// A measure on a path, in all modes.
 #[derive(Debug, Serialize)]
-struct Measure {
-    path: String,
-    measure: &'static str,
+pub(crate) struct Measure {
+    pub(crate) path: String,
+    pub(crate) measure: &'static str,
     /// What differs from 1 by no more is noise: as far as the ratio of direct
     /// to direct may be from 1.
-    noise: f64,
-    modes: Vec<Row>,
+    pub(crate) noise: f64,
+    pub(crate) modes: Vec<Row>,
 }
 
+/// A mode's part of a measure.
 #[derive(Debug, Serialize)]
-struct Row {
-    mode: String,
+pub(crate) struct Row {
+    pub(crate) mode: String,
     /// The median of all rounds, in the measure's own unit.
-    value: f64,
+    pub(crate) value: f64,
     /// To `direct` of the same round.
-    ratio: Spread,
+    pub(crate) ratio: Spread,
     /// Whether the ratio differs from 1 by more than noise.
-    differs: bool,
+    pub(crate) differs: bool,
 }
 
+/// A mode's hooks on a path.
 #[derive(Debug, Serialize)]
-struct Hooks {
-    mode: String,
-    path: String,
-    hooks: Vec<Hook>,
-    ns_per_connection: f64,
+pub(crate) struct Hooks {
+    pub(crate) mode: String,
+    pub(crate) path: String,
+    pub(crate) hooks: Vec<Hook>,
+    pub(crate) ns_per_connection: f64,
+}
+
+impl Hooks {
+    /// Those that were called.
+    pub(crate) fn called(&self) -> impl Iterator<Item = &Hook> {
+        self.hooks
+            .iter()
+            .filter(|hook| hook.calls_per_connection > 0.0)
+    }
 }
 
 impl Report {
     /// Compares each mode with `direct`, round by round.
-    pub(crate) fn new(data: &Data) -> Self {
+    pub(crate) fn new(machine: Machine, data: &Data) -> Self {
         let measures = data.measures().map(|(path, measure, modes)| {
             let direct = modes.iter().find(|(mode, _)| *mode == Mode::Direct);
             let ratio = |series: &[f64]| {
@@ -84,12 +102,23 @@ impl Report {
             }
         });
         Self {
+            machine,
             measures: measures.collect(),
             hooks: Vec::new(),
-            memory_per_pod: BTreeMap::new(),
+            capacity: Vec::new(),
+            attach: Vec::new(),
+            resident: BTreeMap::new(),
+            not_measured: vec![
+                "IPv6",
+                "real proxies (Envoy, HAProxy) under wrk and sockperf",
+                "client and proxy on different CPUs: waking a CPU takes longer than a connection",
+                "kernel memory of iptables and of connection tracking",
+                "other kernels, and machines that aren't virtual",
+            ],
         }
     }
 
+    /// Adds what a mode's hooks do on a path.
     pub(crate) fn add_hooks(&mut self, mode: Mode, path: Path, hooks: Vec<Hook>) {
         self.hooks.push(Hooks {
             mode: mode.to_string(),
@@ -100,10 +129,6 @@ impl Report {
                 .sum(),
             hooks,
         });
-    }
-
-    pub(crate) fn add_memory(&mut self, mode: Mode, bytes: f64) {
-        self.memory_per_pod.insert(mode.to_string(), bytes);
     }
 
     /// The ratios by `<path>.<measure>.<mode>`, and `<path>.<measure>.noise`:
@@ -170,11 +195,7 @@ impl fmt::Display for Report {
         writeln!(f, "{}", table.trim_fmt())?;
         let mut table = new_table(&["MODE", "PATH", "HOOK", "CALLS", "NS/CALL", "NS"]);
         for hooks in &self.hooks {
-            for hook in hooks
-                .hooks
-                .iter()
-                .filter(|hook| hook.calls_per_connection > 0.0)
-            {
+            for hook in hooks.called() {
                 table.add_row([
                     hooks.mode.clone(),
                     hooks.path.clone(),
@@ -194,12 +215,46 @@ impl fmt::Display for Report {
             ]);
         }
         writeln!(f, "\n{}", table.trim_fmt())?;
-        for (mode, bytes) in &self.memory_per_pod {
+        if !self.capacity.is_empty() {
+            let mut table = new_table(&["MODE", "PORTS", "DESTINATIONS", "OPEN", "THEN"]);
+            for capacity in &self.capacity {
+                table.add_row([
+                    capacity.mode.clone(),
+                    capacity.ports.to_string(),
+                    capacity.destinations.to_string(),
+                    capacity.open.to_string(),
+                    capacity
+                        .failure
+                        .clone()
+                        .unwrap_or_else(|| "no more were tried".to_owned()),
+                ]);
+            }
+            writeln!(f, "\n{}", table.trim_fmt())?;
+        }
+        let mut table = new_table(&["MODE", "PODS", "ATTACH P50", "P99", "KERNEL MEMORY"]);
+        for attach in &self.attach {
+            table.add_row([
+                attach.mode.clone(),
+                attach.pods.to_string(),
+                format!("{:.1} ms", attach.p50_ms),
+                format!("{:.1} ms", attach.p99_ms),
+                attach.bytes_per_pod.map_or_else(
+                    || "-".to_owned(),
+                    |bytes| format!("{:.0} KiB", bytes / 1024.0),
+                ),
+            ]);
+        }
+        writeln!(f, "\n{}", table.trim_fmt())?;
+        for (process, bytes) in &self.resident {
             writeln!(
                 f,
-                "\n{mode}: {:.0} KiB of kernel memory per pod",
-                bytes / 1024.0
+                "\n{process}: {:.1} MiB resident",
+                bytes / f64::from(1 << 20_u32)
             )?;
+        }
+        writeln!(f, "\nNot measured:")?;
+        for what in &self.not_measured {
+            writeln!(f, "- {what}")?;
         }
         Ok(())
     }

@@ -40,6 +40,9 @@ impl Data {
     }
 }
 
+/// A measure of what a job took.
+type Value = fn(&Measured) -> f64;
+
 /// A job that every mode does in a round.
 struct Step {
     job: fn(Path, Mode) -> Job,
@@ -50,7 +53,7 @@ struct Step {
     /// What is to be done before.
     before: Before,
     /// Which measures come out of it.
-    measures: &'static [(&'static str, fn(&Measured) -> f64)],
+    measures: &'static [(&'static str, Value)],
 }
 
 /// What happens before a job, and isn't measured.

@@ -1,9 +1,6 @@
 //! A pod for each mode, with its workers.
 
-use std::{
-    process::Command,
-    sync::atomic::{AtomicBool, Ordering},
-};
+use std::process::Command;
 
 use anyhow::{Context as _, Result};
 use socket2::Socket;

@@ -53,10 +53,11 @@ impl Spread {
         (low - 1.0).abs().max((high - 1.0).abs())
     }
 
-    /// Whether ratios differ from 1 by more than `noise`, beyond doubt.
+    /// Whether ratios differ from 1 by more than `noise`, with a probability of
+    /// 95 %. Fewer values than 6 can't say.
     pub(crate) fn differs(&self, noise: f64) -> bool {
         let [low, high] = self.confidence;
-        low > 1.0 + noise || high < 1.0 - noise
+        self.rounds >= 6 && (low > 1.0 + noise || high < 1.0 - noise)
     }
 }
 

@@ -158,19 +158,13 @@ impl Worker {
 
     /// Has a job done. A failed connection is an error, but of [`Job::Hold`].
     pub(crate) fn run(&mut self, job: Job) -> Result<Measured> {
-        self.begin(job)?;
-        self.finish()
-    }
-
-    /// Gives it a job and doesn't wait.
-    pub(crate) fn begin(&mut self, job: Job) -> Result<()> {
         let mut line = serde_json::to_vec(&job)?;
         line.push(b'\n');
-        self.input.write_all(&line).context("give a worker its job")
-    }
-
-    /// Waits for the job's end.
-    pub(crate) fn finish(&mut self) -> Result<Measured> {
+        self.input
+            .write_all(&line)
+            .context("give a worker its job")?;
+        self.wait()
+            .with_context(|| format!("the worker's job {job:?}"))?;
         let mut line = String::new();
         self.output.read_line(&mut line)?;
         if line.is_empty() {

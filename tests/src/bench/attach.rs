@@ -1,0 +1,90 @@
+//! What it takes to start to intercept a pod's connections, and what stays.
+
+use std::{
+    fs,
+    process::Stdio,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result};
+use serde::Serialize;
+
+use super::{hooks, mode::Mode, pair::listens, signals, stats::quantile};
+use crate::{
+    command::{wait_until, workspace_binary},
+    pod::{Credentials, Host, Pod},
+};
+
+/// What attaching many pods took.
+#[derive(Debug, Serialize)]
+pub(crate) struct Attach {
+    pub(crate) mode: String,
+    /// How many pods, attached one after the other and all at the end.
+    pub(crate) pods: usize,
+    /// The command's time, in milliseconds, from its start to its end.
+    pub(crate) p50_ms: f64,
+    /// The same, of the slowest in a hundred.
+    pub(crate) p99_ms: f64,
+    /// Kernel memory of programs and maps for each pod; not known of iptables.
+    pub(crate) bytes_per_pod: Option<f64>,
+}
+
+/// Attaches so many new pods.
+pub(crate) fn measure(mode: Mode, pods: usize) -> Result<Attach> {
+    let mut times = Vec::new();
+    let mut attached = Vec::new();
+    for _ in 0..pods {
+        signals::check()?;
+        let pod = Pod::new()?;
+        let start = Instant::now();
+        let cli = mode.install(&pod)?;
+        times.push(start.elapsed().as_secs_f64() * 1e3);
+        // Detached before the pod goes.
+        attached.push((cli, pod));
+    }
+    let memory = attached
+        .iter()
+        .filter_map(|(cli, pod)| Some(hooks::memory(cli.as_ref()?, pod)))
+        .collect::<Result<Vec<_>>>()?;
+    #[expect(clippy::cast_precision_loss, reason = "a small number")]
+    let per_pod = memory.iter().sum::<f64>() / pods as f64;
+    Ok(Attach {
+        mode: mode.to_string(),
+        pods,
+        p50_ms: quantile(&times, 0.5),
+        p99_ms: quantile(&times, 0.99),
+        bytes_per_pod: (!memory.is_empty()).then_some(per_pod),
+    })
+}
+
+/// The resident memory of `interceptor proxy` when nothing has connected yet, in
+/// bytes.
+pub(crate) fn proxy_memory() -> Result<f64> {
+    let pod = Pod::new()?;
+    let program = workspace_binary("interceptor", "INTERCEPTOR_BIN")?;
+    let mut child = pod
+        .command(Host::Pod, Credentials::PROXY, program)?
+        .arg("proxy")
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .context("start `interceptor proxy`")?;
+    let memory = wait_until("it listens", Duration::from_secs(10), || {
+        Ok(listens(pod.netns(), 15006)?.then_some(()))
+    })
+    .and_then(|()| resident(child.id()));
+    // It may be gone already; then there is nothing left to do.
+    let _ = child.kill();
+    let _ = child.wait();
+    memory
+}
+
+fn resident(pid: u32) -> Result<f64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let kilobytes: f64 = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB"))
+        .context("no VmRSS")?
+        .parse()?;
+    Ok(kilobytes * 1024.0)
+}
