@@ -216,6 +216,10 @@ fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Connect {
         } else {
             maps::count(Event::SourceNotKept);
         }
+    } else if !source.is_v4() && !source.is_link_local_v6() {
+        // To ::1 the kernel would send what it answers without a socket (an
+        // ACK in TIME_WAIT, a reset) out of the source's interface.
+        endpoint.address = source;
     }
 
     if origins::set(sk, &destination, Role::Client, source_chosen) {

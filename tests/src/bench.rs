@@ -50,7 +50,7 @@ const FULL_PROCESSES: u32 = 12;
     args_conflicts_with_subcommands = true
 )]
 pub struct Args {
-    /// Under three minutes: the ratios as JSON, by <path>.<measure>.<mode>
+    /// Under three minutes: the ratios as JSON, by `<path>.<measure>.<mode>`
     #[arg(long, conflicts_with_all = ["full", "seconds", "output", "write_docs"])]
     quick: bool,
     /// All, with 500 pods and 100,000 connections at once

@@ -90,7 +90,8 @@ fn flood_outbound(syncookies: &str) -> Result<()> {
             .netns()
             .enter(|| run(Command::new("nstat").args(["-asz", "TcpExtSyncookiesRecv"])))?;
         let valid = counters.split_whitespace().nth(2).context("no counter")?;
-        ensure!(valid.parse::<usize>()? == CONNECTIONS, "{counters}");
+        // More if a full accept queue made one come twice.
+        ensure!(valid.parse::<usize>()? >= CONNECTIONS, "{counters}");
     }
     Ok(())
 }

@@ -1007,7 +1007,6 @@ fn clients_bound_to_lo() -> Result<()> {
 #[test]
 fn clients_bound_to_eth0() -> Result<()> {
     let eth0 = [Preparation::Device("eth0")];
-    let v6 = ["[fd00:77::1]:8080", "[fd00:77::2]:8080"];
     bound(
         Family::V4,
         &eth0,
@@ -1015,8 +1014,7 @@ fn clients_bound_to_eth0() -> Result<()> {
         &["10.77.0.1:8080"],
         &[],
     )?;
-    bound(Family::Mapped, &eth0, &["-"], &["10.77.0.1:8080"], &[])?;
-    bound(Family::V6, &eth0, &["[fd00:77::2]:*"], &v6, &[])
+    bound(Family::Mapped, &eth0, &["-"], &["10.77.0.1:8080"], &[])
 }
 
 /// Dials in a pod of its own and gives what was seen.

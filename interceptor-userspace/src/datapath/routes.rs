@@ -4,6 +4,7 @@
 use std::{
     collections::BTreeMap,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    time::Duration,
 };
 
 use futures_util::TryStreamExt as _;
@@ -194,7 +195,17 @@ pub(crate) fn add_passthrough(netns: &Netns, address: Ipv6Addr) -> Result<bool> 
     with_netlink(netns, async |handle| {
         let request = handle.address().add(LOOPBACK, address.into(), 128);
         match request.execute().await {
-            Ok(()) => Ok(true),
+            Ok(()) => {
+                // The kernel enters it into its local table a little later.
+                for _ in 0..100 {
+                    let route = ask_route(handle, address.into()).await;
+                    if route.is_some_and(|route| route.header.kind == RouteType::Local) {
+                        break;
+                    }
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+                Ok(true)
+            }
             Err(error)
                 if is_errno(
                     &error,
@@ -234,7 +245,7 @@ fn with_netlink<T: Send>(
 ) -> Result<T> {
     netns.enter(|| {
         let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_io()
+            .enable_all()
             .build()
             .map_err(Error::system("starting a runtime for netlink"))?;
         runtime.block_on(async {
@@ -358,6 +369,11 @@ fn probes(bits: u8) -> impl Iterator<Item = u128> {
 /// The source address that the kernel gives a socket that connects to
 /// `destination`; `None` if it has no route.
 async fn ask_source(handle: &Handle, destination: IpAddr) -> Option<IpAddr> {
+    source_of(&ask_route(handle, destination).await?)
+}
+
+/// The route to `destination`; `None` if the kernel has none.
+async fn ask_route(handle: &Handle, destination: IpAddr) -> Option<RouteMessage> {
     let request = match destination {
         IpAddr::V4(address) => RouteMessageBuilder::<Ipv4Addr>::new()
             .destination_prefix(address, 32)
@@ -367,8 +383,7 @@ async fn ask_source(handle: &Handle, destination: IpAddr) -> Option<IpAddr> {
             .build(),
     };
     let mut answers = Box::pin(handle.route().get(request).execute());
-    let answer = answers.try_next().await.ok()??;
-    source_of(&answer)
+    answers.try_next().await.ok()?
 }
 
 fn failed(operation: &str) -> impl FnOnce(rtnetlink::Error) -> Error {

@@ -83,9 +83,17 @@ pub(crate) fn draw(file: &FilePath, title: &str, measures: &[&Measure]) -> Resul
                     Rectangle::new([(x, y - 4), (x + 10, y + 4)], colour.filled())
                 });
             }
-            let spread = PathElement::new([(middle, low), (middle, high)], BLACK);
+            let spread = [low, high].map(|ratio| (middle, ratio.min(MOST)));
             chart
-                .draw_series([spread])
+                .draw_series([PathElement::new(spread, BLACK)])
+                .map_err(|error| failed(&error))?;
+            let number = Text::new(
+                format!("{:.2}", row.ratio.median),
+                (x, high.min(MOST) + 0.06),
+                ("sans-serif", 10),
+            );
+            chart
+                .draw_series([number])
                 .map_err(|error| failed(&error))?;
         }
     }
