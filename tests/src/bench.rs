@@ -169,6 +169,11 @@ fn attach(args: &Args, report: &mut Report) -> Result<()> {
             report.attach.push(attach::measure(mode, *pods)?);
         }
     }
+    if !args.full {
+        report
+            .not_measured
+            .push("500 pods, and 100,000 connections at once: `--full`");
+    }
     let proxy = attach::proxy_memory()?;
     report.resident.insert("interceptor proxy", proxy);
     Ok(())

@@ -1,6 +1,8 @@
 //! Where the running kernel keeps the fields that the programs read: offsets
 //! from its BTF, because Rust has no CO-RE relocations.
 
+use std::fs;
+
 use btf_rs::{Btf, BtfType, Type};
 
 use crate::{Error, Result};
@@ -30,10 +32,13 @@ const FIELDS: [(&str, &str, &str); 10] = [
 impl Offsets {
     /// Reads them from the running kernel.
     pub(crate) fn of_running_kernel() -> Result<Self> {
-        let btf = Btf::from_file(VMLINUX).map_err(|error| Error::Btf {
+        let unreadable = |error| Error::Btf {
             missing: "its types".to_owned(),
             source: Some(error),
-        })?;
+        };
+        // As a whole: the reader of files seeks for every single type.
+        let bytes = fs::read(VMLINUX).map_err(|error| unreadable(error.into()))?;
+        let btf = Btf::from_bytes(&bytes).map_err(unreadable)?;
         FIELDS
             .into_iter()
             .map(|(global, structure, member)| {

@@ -83,6 +83,7 @@ fn open(mode: Mode, ports: u32, workers: &mut [&mut Worker], to: Targets) -> Res
     for worker in workers {
         worker.run(Job::Release)?;
     }
+    say(&format!("{open} of {mode} with {ports} ports"));
     Ok(Capacity {
         mode: mode.to_string(),
         ports,

@@ -8,6 +8,7 @@ use super::{
     mode::Path,
     plot,
     report::{Measure, Report},
+    stats::Verdict,
 };
 
 /// What this writes lies between these lines of the page; the rest stays.
@@ -143,10 +144,10 @@ fn text(report: &Report) -> Result<String> {
                 let [q1, q3] = row.ratio.quartiles;
                 let ratio = if row.mode == "direct" {
                     "1".to_owned()
-                } else if row.differs {
+                } else if row.verdict == Verdict::Differs {
                     format!("**{:.3}**", row.ratio.median)
                 } else {
-                    format!("{:.3} (none)", row.ratio.median)
+                    format!("{:.3} ({})", row.ratio.median, row.verdict.remark())
                 };
                 writeln!(
                     text,

@@ -12,7 +12,7 @@ use super::{
     machine::Machine,
     mode::{Mode, Path},
     rounds::Data,
-    stats::{Spread, quantile},
+    stats::{Spread, Verdict, quantile},
 };
 
 /// All results.
@@ -48,7 +48,7 @@ pub(crate) struct Row {
     /// To `direct` of the same round.
     pub(crate) ratio: Spread,
     /// Whether the ratio differs from 1 by more than noise.
-    pub(crate) differs: bool,
+    pub(crate) verdict: Verdict,
 }
 
 /// A mode's hooks on a path.
@@ -90,7 +90,7 @@ impl Report {
                 Row {
                     mode: mode.to_string(),
                     value: quantile(series, 0.5),
-                    differs: ratio.differs(noise),
+                    verdict: ratio.verdict(noise),
                     ratio,
                 }
             });
@@ -188,7 +188,7 @@ impl fmt::Display for Report {
                     format!("{q1:.3}-{q3:.3}"),
                     format!("{:.3}", measure.noise),
                     rounds.to_string(),
-                    if row.differs { "" } else { "none" }.to_owned(),
+                    row.verdict.remark().to_owned(),
                 ]);
             }
         }

@@ -53,11 +53,40 @@ impl Spread {
         (low - 1.0).abs().max((high - 1.0).abs())
     }
 
-    /// Whether ratios differ from 1 by more than `noise`, with a probability of
-    /// 95 %. Fewer values than 6 can't say.
-    pub(crate) fn differs(&self, noise: f64) -> bool {
+    /// What ratios mean if those that differ from 1 by no more than `noise` mean
+    /// nothing.
+    pub(crate) fn verdict(&self, noise: f64) -> Verdict {
         let [low, high] = self.confidence;
-        self.rounds >= 6 && (low > 1.0 + noise || high < 1.0 - noise)
+        if self.rounds < 6 {
+            Verdict::TooFewRounds
+        } else if low > 1.0 + noise || high < 1.0 - noise {
+            Verdict::Differs
+        } else {
+            Verdict::None
+        }
+    }
+}
+
+/// Whether there is a difference.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Verdict {
+    /// With a probability of 95 %, and greater than the noise.
+    Differs,
+    /// Not a greater one than the noise.
+    None,
+    /// Not enough values to be as sure.
+    TooFewRounds,
+}
+
+impl Verdict {
+    /// What to say beside the ratio.
+    pub(crate) const fn remark(self) -> &'static str {
+        match self {
+            Self::Differs => "",
+            Self::None => "none",
+            Self::TooFewRounds => "too few rounds",
+        }
     }
 }
 
@@ -119,10 +148,11 @@ mod tests {
     fn inside_the_noise_is_no_difference() {
         let spread = Spread::of(&[1.04, 1.05, 1.05, 1.05, 1.06, 1.05, 1.05]);
         assert_eq!(spread.median, 1.05);
-        assert!(spread.differs(0.03));
-        assert!(!spread.differs(0.05));
+        assert_eq!(spread.verdict(0.03), Verdict::Differs);
+        assert_eq!(spread.verdict(0.05), Verdict::None);
         let wide = Spread::of(&[0.9, 1.3, 1.2, 0.8, 1.1, 1.15]);
-        assert!(!wide.differs(0.01));
+        assert_eq!(wide.verdict(0.01), Verdict::None);
+        assert_eq!(Spread::of(&[2.0; 5]).verdict(0.01), Verdict::TooFewRounds);
         assert!((wide.distance_from_one() - 0.3).abs() < 1e-9);
     }
 }
