@@ -91,8 +91,7 @@ impl std::str::FromStr for Wanted {
 /// If something is missing or can't be built; a guest that fails is no error.
 pub(crate) fn demo(wanted: &[Wanted], arguments: Vec<String>) -> Result<ExitCode> {
     setup::ensure(NEEDS)?;
-    let names = ["interceptor", "interceptor-agent", "interceptor-demo"];
-    let programs = programs::build(&names, &[])?;
+    let programs = programs::build(&["interceptor", "interceptor-agent", "interceptor-demo"], &[])?;
     let jobs = [Job {
         name: "demo".to_owned(),
         program: programs.binary("interceptor-demo")?.to_owned(),
@@ -154,6 +153,13 @@ fn run(wanted: &[Wanted], programs: &Programs, jobs: &[Job]) -> Result<ExitCode>
     }
     let accelerator = qemu::Accelerator::of_this_machine();
     println!("vm: {accelerator}");
+    let guests = kernels.len().clamp(1, GUESTS);
+    let processors = thread::available_parallelism().map_or(1, usize::from) / guests;
+    let host = Host {
+        accelerator,
+        processors: processors.clamp(1, 2),
+        directory: &directory,
+    };
     let mut outcomes: Vec<Outcome> = Vec::new();
     // A user sees the same for one guest as without `--vm`.
     let width = kernels.iter().map(|kernel| kernel.name.len()).max();
@@ -176,7 +182,7 @@ fn run(wanted: &[Wanted], programs: &Programs, jobs: &[Job]) -> Result<ExitCode>
                             format!("{:width$} | ", kernel.name)
                         });
                         results.push(
-                            boot(kernel, programs, jobs, accelerator, &directory, &prefix)
+                            boot(kernel, programs, jobs, &host, &prefix)
                                 .with_context(|| format!("kernel {}", kernel.name)),
                         );
                     }
@@ -222,18 +228,24 @@ fn find(wanted: &[Wanted], directory: &Path) -> Result<Vec<Kernel>> {
     Ok(kernels)
 }
 
+/// What this machine gives each guest.
+struct Host<'a> {
+    accelerator: qemu::Accelerator,
+    processors: usize,
+    directory: &'a Path,
+}
+
 /// Runs the jobs in a guest with this kernel.
 fn boot(
     kernel: &Kernel,
     programs: &Programs,
     jobs: &[Job],
-    accelerator: qemu::Accelerator,
-    directory: &Path,
+    host: &Host<'_>,
     prefix: &str,
 ) -> Result<Outcome> {
     let start = Instant::now();
     // Goes with what is in it.
-    let directory = tempfile::tempdir_in(directory).context("make a temporary directory")?;
+    let directory = tempfile::tempdir_in(host.directory).context("make a temporary directory")?;
     let image = kernel.uncompressed(directory.path())?;
     let archive = directory.path().join("initramfs.cpio");
     let modules = modules::collect(kernel)?;
@@ -241,19 +253,19 @@ fn boot(
         println!("{prefix}vm: this kernel has no module {name}");
     }
     let token = guest::token()?;
-    initramfs::write(&archive, programs, &modules, &guest::script(jobs, &token, &modules))?;
+    let script = guest::script(jobs, &token, &modules);
+    initramfs::write(&archive, programs, &modules, &script)?;
     let mut report = Report::new(&token, jobs);
     let mut counts = Counts::default();
     let machine = qemu::Machine {
-        accelerator,
+        accelerator: host.accelerator,
+        processors: host.processors,
         image: &image,
         initramfs: &archive,
     };
     let watched = qemu::watch(&mut machine.command()?, LIMIT, |line| {
-        if let Some(line) = report.read(line) {
-            counts += Counts::parse(line).unwrap_or_default();
-            println!("{prefix}{line}");
-        }
+        counts += Counts::parse(line).unwrap_or_default();
+        println!("{prefix}{}", report.read(line));
     })?;
     report.end(&watched.end);
     Ok(Outcome {

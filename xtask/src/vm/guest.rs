@@ -5,6 +5,7 @@ use std::{
     fs::File,
     io::Read,
     path::PathBuf,
+    time::Instant,
 };
 
 use anyhow::{Context, Result};
@@ -61,7 +62,7 @@ pub(super) fn script(jobs: &[Job], token: &str, modules: &Modules) -> String {
         script += &format!("insmod {MODULES}/{name}.ko\n");
     }
     // From here on the report says what failed.
-    script += "set +e\n";
+    script += &format!("set +e\necho {token} ready\n");
     for (number, job) in jobs.iter().enumerate() {
         script += &quoted(&job.program.display().to_string());
         for argument in &job.arguments {
@@ -83,6 +84,7 @@ fn quoted(word: &str) -> String {
 #[derive(Debug)]
 pub(super) struct Report {
     token: String,
+    since: Instant,
     jobs: Vec<(String, Option<i32>)>,
     ended: bool,
     failure: Option<String>,
@@ -93,29 +95,44 @@ impl Report {
     pub(super) fn new(token: &str, jobs: &[Job]) -> Self {
         Self {
             token: token.to_owned(),
+            since: Instant::now(),
             jobs: jobs.iter().map(|job| (job.name.clone(), None)).collect(),
             ended: false,
             failure: None,
         }
     }
 
-    /// Reads a line, and returns what of it was printed by something else.
-    pub(super) fn read<'a>(&mut self, line: &'a str) -> Option<&'a str> {
+    /// Reads a line, and returns what to show of it, or instead of it.
+    pub(super) fn read(&mut self, line: &str) -> String {
         let Some((others, report)) = line.split_once(&self.token) else {
-            return Some(line);
+            return line.to_owned();
         };
-        match report.split_whitespace().collect::<Vec<_>>().as_slice() {
+        let words: Vec<&str> = report.split_whitespace().collect();
+        let shown = match words.as_slice() {
+            ["ready"] => {
+                let seconds = self.since.elapsed().as_secs();
+                self.since = Instant::now();
+                format!("vm: ready after {seconds} s")
+            }
             ["job", number, status] => {
                 let number = number.parse::<usize>().ok();
                 let job = number.and_then(|number| self.jobs.get_mut(number));
-                if let (Some((_, reported)), Ok(status)) = (job, status.parse()) {
-                    *reported = Some(status);
-                }
+                let (Some((name, reported)), Ok(status)) = (job, status.parse()) else {
+                    return line.to_owned();
+                };
+                *reported = Some(status);
+                let seconds = self.since.elapsed().as_secs();
+                self.since = Instant::now();
+                let result = if status == 0 { "ok" } else { "FAILED" };
+                format!("vm: {name}: {result}, {seconds} s")
             }
-            ["end"] => self.ended = true,
-            _ => {}
-        }
-        Some(others).filter(|others| !others.is_empty())
+            ["end"] => {
+                self.ended = true;
+                "vm: the end".to_owned()
+            }
+            _ => line.to_owned(),
+        };
+        format!("{others}{shown}")
     }
 
     /// The guest has ended.
@@ -227,10 +244,15 @@ mod tests {
     #[test]
     fn what_others_print_is_shown() {
         let mut report = Report::new("token", &jobs());
-        assert_eq!(report.read("test a ... ok"), Some("test a ... ok"));
-        assert_eq!(report.read("token job 0 0"), None);
-        assert_eq!(report.read("no newlinetoken job 1 0"), Some("no newline"));
-        assert_eq!(report.jobs[1].1, Some(0));
+        assert_eq!(report.read("test a ... ok"), "test a ... ok");
+        assert_eq!(report.read("token ready"), "vm: ready after 0 s");
+        assert_eq!(report.read("token job 0 0"), "vm: cases: ok, 0 s");
+        assert_eq!(
+            report.read("no newline; token job 1 9"),
+            "no newline; vm: sockets: FAILED, 0 s"
+        );
+        assert_eq!(report.jobs[1].1, Some(9));
+        assert_eq!(report.read("token job 2 0"), "token job 2 0");
     }
 
     #[test]

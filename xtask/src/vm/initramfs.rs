@@ -14,8 +14,9 @@ use super::{modules::Modules, programs::Programs};
 use crate::process::{command, find};
 
 /// Programs of the machine's that the harness starts.
-const COMMANDS: [&str; 10] = [
+const COMMANDS: [&str; 11] = [
     "ip",
+    "ss",
     "setpriv",
     "iptables-legacy-restore",
     "iptables-legacy-save",

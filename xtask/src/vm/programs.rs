@@ -1,5 +1,5 @@
-//! The workspace's programs for guests: the very ones that run on the machine,
-//! without what is for debuggers.
+//! The workspace's programs for guests: the very ones that the machine's own
+//! tests run, without what is for debuggers.
 
 use std::{
     path::{Path, PathBuf},
@@ -96,7 +96,10 @@ impl Programs {
     /// The path of each, and the path of what a guest gets instead.
     pub(super) fn all(&self) -> impl Iterator<Item = (&Path, PathBuf)> {
         let all = self.binaries.iter().chain(&self.suites);
-        all.filter_map(|(_, path)| Some((path.as_path(), self.stripped.path().join(path.file_name()?))))
+        all.filter_map(|(_, path)| {
+            let stripped = self.stripped.path().join(path.file_name()?);
+            Some((path.as_path(), stripped))
+        })
     }
 }
 

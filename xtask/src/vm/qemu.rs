@@ -73,6 +73,7 @@ fn has_virtualization(processor: &str) -> bool {
 /// A machine to start.
 pub(super) struct Machine<'a> {
     pub(super) accelerator: Accelerator,
+    pub(super) processors: usize,
     pub(super) image: &'a Path,
     pub(super) initramfs: &'a Path,
 }
@@ -91,7 +92,8 @@ impl Machine<'_> {
         command
             .args(["-M", "q35"])
             .args(self.accelerator.arguments())
-            .args(["-m", &memory.to_string(), "-smp", "2"])
+            .args(["-m", &memory.to_string()])
+            .args(["-smp", &self.processors.to_string()])
             .args(["-nodefaults", "-no-user-config", "-display", "none"])
             .args(["-no-reboot", "-serial", "stdio"])
             .arg("-kernel")
