@@ -90,8 +90,12 @@ fn flood_outbound(syncookies: &str) -> Result<()> {
             .netns()
             .enter(|| run(Command::new("nstat").args(["-asz", "TcpExtSyncookiesRecv"])))?;
         let valid = counters.split_whitespace().nth(2).context("no counter")?;
-        // More if a full accept queue made one come twice.
-        ensure!(valid.parse::<usize>()? >= CONNECTIONS, "{counters}");
+        // More if a full accept queue made one come twice; fewer because the
+        // kernel sends none to a port pair that is still in TIME_WAIT.
+        ensure!(
+            valid.parse::<usize>()? >= CONNECTIONS / 10 * 9,
+            "{counters}"
+        );
     }
     Ok(())
 }
