@@ -17,6 +17,7 @@ mod process;
 mod run;
 mod setup;
 mod test;
+mod vm;
 
 /// Interceptor's own commands. Each installs what it needs and doesn't find.
 #[derive(Debug, Parser)]
@@ -46,7 +47,7 @@ fn main() -> Result<ExitCode> {
     match Args::parse().command {
         Command::Setup => setup::ensure(setup::ALL)?,
         Command::Build => println!("{}", compile::release()?.display()),
-        Command::Run(args) => run::run(&args)?,
+        Command::Run(args) => return run::run(&args),
         Command::Test(args) => return test::run(&args),
         Command::Bench(args) => bench::bench(&args)?,
         Command::Lint => lint::run()?,

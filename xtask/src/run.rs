@@ -1,14 +1,15 @@
 //! `cargo xtask run`: the demo, `interceptor-demo` of the tests' package.
 
-use std::os::unix::process::CommandExt;
+use std::{os::unix::process::CommandExt, process::ExitCode};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::ValueEnum;
 
 use crate::{
     compile,
     process::{command, require_root, target},
     setup::{self, Need},
+    vm,
 };
 
 /// The demo's own flags.
@@ -26,6 +27,15 @@ pub(crate) struct Args {
     /// How to show the result
     #[arg(short, long, value_enum, default_value_t = Output::Table)]
     output: Output,
+    /// Run it in virtual machines with these kernels instead: versions (6.1),
+    /// `newest`, `all`, or files; with the embedded proxy
+    #[arg(
+        long,
+        value_name = "KERNELS",
+        value_delimiter = ',',
+        conflicts_with = "keep"
+    )]
+    vm: Vec<vm::Wanted>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -76,12 +86,20 @@ impl Args {
     }
 }
 
-/// Becomes the demo, whose exit status is then this program's.
+/// Becomes the demo, whose exit status is then this program's, or runs it in
+/// virtual machines.
 ///
 /// # Errors
 ///
 /// If something is missing, the build fails, or this isn't root's process.
-pub(crate) fn run(args: &Args) -> Result<()> {
+pub(crate) fn run(args: &Args) -> Result<ExitCode> {
+    if !args.vm.is_empty() {
+        ensure!(
+            args.proxy == Proxy::Embedded,
+            "a virtual machine has no proxy but the embedded one"
+        );
+        return vm::demo(&args.vm, args.words());
+    }
     require_root()?;
     setup::ensure(&args.needs())?;
     compile::debug(&["interceptor", "interceptor-agent", "interceptor-demo"])?;

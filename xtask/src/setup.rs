@@ -29,6 +29,8 @@ pub(crate) enum Need {
     Haproxy,
     /// Envoy.
     Envoy,
+    /// Virtual machines: QEMU, and what makes guests of packages.
+    Qemu,
     /// The file system for what the kernel keeps.
     Bpffs,
 }
@@ -53,6 +55,7 @@ pub(crate) const ALL: &[Need] = &[
     Need::Bpftool,
     Need::Haproxy,
     Need::Envoy,
+    Need::Qemu,
     Need::Bpffs,
 ];
 
@@ -100,9 +103,21 @@ impl Need {
             Self::Haproxy if env::var_os("INTERCEPTOR_HAPROXY").is_some() => Ok(()),
             Self::Haproxy => programs(&["haproxy"], "haproxy"),
             Self::Envoy => envoy::ensure().context("Envoy"),
+            Self::Qemu => qemu(),
             Self::Bpffs => bpffs().context("a bpf file system at /sys/fs/bpf"),
         }
     }
+}
+
+fn qemu() -> Result<()> {
+    programs(&["qemu-system-x86_64"], "qemu-system-x86")?;
+    programs(&["busybox"], "busybox-static")?;
+    programs(&["setpriv"], "util-linux")?;
+    programs(&["strip"], "binutils")?;
+    programs(&["gzip"], "gzip")?;
+    programs(&["lz4"], "lz4")?;
+    programs(&["xz"], "xz-utils")?;
+    programs(&["zstd"], "zstd")
 }
 
 /// Installs Debian's package if not all of its programs are there.

@@ -15,6 +15,7 @@ use crate::{
     compile::{self, HOST},
     process::{cargo, require_root, workspace},
     setup::{self, Need},
+    vm,
 };
 
 /// The one suite of the tests' package that needs no pod.
@@ -26,6 +27,15 @@ pub(crate) struct Args {
     /// Which tests
     #[arg(value_enum, default_value_t = Which::All)]
     which: Which,
+    /// Run the suites that need pods in virtual machines with these kernels
+    /// instead: versions (6.1), `newest`, `all`, or files
+    #[arg(
+        long,
+        value_name = "KERNELS",
+        value_delimiter = ',',
+        conflicts_with = "which"
+    )]
+    vm: Vec<vm::Wanted>,
     /// For the test programs: a part of a test's name, --nocapture, --test-threads ...
     #[arg(last = true)]
     arguments: Vec<String>,
@@ -47,6 +57,9 @@ enum Which {
 ///
 /// If something is missing, a build fails, or this isn't root's process.
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
+    if !args.vm.is_empty() {
+        return vm::test(&args.vm, &args.arguments);
+    }
     let (unit, pod) = match args.which {
         Which::Unit => (true, false),
         Which::Pod => (false, true),
@@ -86,7 +99,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
 }
 
 /// The names of the suites that need pods.
-fn pod_suites() -> Result<Vec<String>> {
+pub(crate) fn pod_suites() -> Result<Vec<String>> {
     let directory = workspace().join("tests/tests");
     let mut suites = Vec::new();
     for entry in
@@ -146,15 +159,15 @@ impl fmt::Display for Outcome {
 
 /// What test programs say of their tests.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Counts {
-    passed: u32,
-    failed: u32,
+pub(crate) struct Counts {
+    pub(crate) passed: u32,
+    pub(crate) failed: u32,
     ignored: u32,
 }
 
 impl Counts {
     /// Reads a test program's last line; other lines count nothing.
-    fn parse(line: &str) -> Option<Self> {
+    pub(crate) fn parse(line: &str) -> Option<Self> {
         let (_, rest) = line.split_once("test result: ")?;
         let (_, rest) = rest.split_once(". ")?;
         let mut counts = Self::default();

@@ -91,7 +91,10 @@ impl std::str::FromStr for Wanted {
 /// If something is missing or can't be built; a guest that fails is no error.
 pub(crate) fn demo(wanted: &[Wanted], arguments: Vec<String>) -> Result<ExitCode> {
     setup::ensure(NEEDS)?;
-    let programs = programs::build(&["interceptor", "interceptor-agent", "interceptor-demo"], &[])?;
+    let programs = programs::build(
+        &["interceptor", "interceptor-agent", "interceptor-demo"],
+        &[],
+    )?;
     let jobs = [Job {
         name: "demo".to_owned(),
         program: programs.binary("interceptor-demo")?.to_owned(),
@@ -178,9 +181,8 @@ fn run(wanted: &[Wanted], programs: &Programs, jobs: &[Job]) -> Result<ExitCode>
                         let Some(kernel) = next else {
                             return results;
                         };
-                        let prefix = width.map_or_else(String::new, |width| {
-                            format!("{:width$} | ", kernel.name)
-                        });
+                        let prefix = width
+                            .map_or_else(String::new, |width| format!("{:width$} | ", kernel.name));
                         results.push(
                             boot(kernel, programs, jobs, &host, &prefix)
                                 .with_context(|| format!("kernel {}", kernel.name)),
@@ -303,7 +305,10 @@ fn show(outcomes: &[Outcome]) -> ExitCode {
         } else {
             format!("; {} tests passed, {} failed", counts.passed, counts.failed)
         };
-        println!("vm: {kernel:width$}  {:>4} s  {report}{tests}", time.as_secs());
+        println!(
+            "vm: {kernel:width$}  {:>4} s  {report}{tests}",
+            time.as_secs()
+        );
     }
     if outcomes.iter().all(|outcome| outcome.report.succeeded()) {
         ExitCode::SUCCESS
@@ -322,7 +327,10 @@ mod tests {
         assert_eq!(parse("all"), Ok(Wanted::All));
         assert_eq!(parse("newest"), Ok(Wanted::Newest));
         assert_eq!(parse("6.1"), Ok(Wanted::Version("6.1".to_owned())));
-        assert_eq!(parse("6.12.117"), Ok(Wanted::Version("6.12.117".to_owned())));
+        assert_eq!(
+            parse("6.12.117"),
+            Ok(Wanted::Version("6.12.117".to_owned()))
+        );
         let file = concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml");
         assert_eq!(parse(file), Ok(Wanted::Image(file.into())));
         for wrong in ["6", "6.", "6.x", "", "/no/such/file"] {

@@ -95,7 +95,10 @@ impl Archive {
             let mut known: Vec<&Package> = self.packages.iter().filter(|p| p.is_image()).collect();
             known.sort_by_key(|package| package.upstream());
             let known: Vec<String> = known.iter().map(|p| dotted(&p.upstream())).collect();
-            bail!("no packaged kernel {wanted:?}; there are {}", known.join(", "));
+            bail!(
+                "no packaged kernel {wanted:?}; there are {}",
+                known.join(", ")
+            );
         }
         images
             .into_iter()
@@ -114,7 +117,8 @@ impl Archive {
     fn unpack(&self, image: &Package) -> Result<PathBuf> {
         let directory = self.kernels.join(&image.version);
         if !directory.is_dir() {
-            let beside = tempfile::tempdir_in(&self.kernels).context("make a temporary directory")?;
+            let beside =
+                tempfile::tempdir_in(&self.kernels).context("make a temporary directory")?;
             let (debs, root) = (beside.path().join("debs"), beside.path().join("root"));
             fs::create_dir(&debs).context("make a directory for packages")?;
             let packages = closure(&self.packages, image);
@@ -259,8 +263,8 @@ fn sources(machine: &str) -> Option<String> {
             .map(str::to_owned)
     };
     let main = find("/debian")?;
-    let security =
-        find("/debian-security").unwrap_or_else(|| main.trim_end_matches('/').to_owned() + "-security/");
+    let security = find("/debian-security")
+        .unwrap_or_else(|| main.trim_end_matches('/').to_owned() + "-security/");
     Some(
         SUITES
             .iter()
@@ -353,9 +357,7 @@ fn resolve<'a>(packages: &'a [Package], wanted: &Wanted) -> Vec<&'a Package> {
             let version = numbers(version);
             let is_meant = |package: &&Package| package.upstream().starts_with(&version);
             newest(&mut current.iter().copied().filter(is_meant))
-                .or_else(|| {
-                    newest(&mut packages.iter().filter(|p| p.is_image()).filter(is_meant))
-                })
+                .or_else(|| newest(&mut packages.iter().filter(|p| p.is_image()).filter(is_meant)))
                 .into_iter()
                 .collect()
         }
@@ -429,7 +431,10 @@ Version: 5
     fn found(wanted: &Wanted) -> Vec<String> {
         let packages = parse(LIST);
         let found = resolve(&packages, wanted);
-        found.iter().map(|package| package.version.clone()).collect()
+        found
+            .iter()
+            .map(|package| package.version.clone())
+            .collect()
     }
 
     #[test]
@@ -452,7 +457,10 @@ Version: 5
             let wanted = Wanted::Version(version.to_owned());
             closure(&packages, resolve(&packages, &wanted)[0])
         };
-        assert_eq!(closure("6.1"), ["linux-image-6.1.0-56-cloud-amd64=6.1.192-2"]);
+        assert_eq!(
+            closure("6.1"),
+            ["linux-image-6.1.0-56-cloud-amd64=6.1.192-2"]
+        );
         assert_eq!(
             closure("7.3"),
             [

@@ -1,12 +1,6 @@
 //! A guest's first process, and what it reports.
 
-use std::{
-    fmt,
-    fs::File,
-    io::Read,
-    path::PathBuf,
-    time::Instant,
-};
+use std::{fmt, fs::File, io::Read, path::PathBuf, time::Instant};
 
 use anyhow::{Context, Result};
 
@@ -163,9 +157,7 @@ impl fmt::Display for Report {
             .iter()
             .filter_map(|(name, status)| match status {
                 Some(0) => None,
-                Some(status) if *status > 128 => {
-                    Some(format!("{name} (signal {})", status - 128))
-                }
+                Some(status) if *status > 128 => Some(format!("{name} (signal {})", status - 128)),
                 Some(_) => Some(name.clone()),
                 None => Some(format!("{name} (not to its end)")),
             })
@@ -273,7 +265,10 @@ mod tests {
             "echo token job 1 $?",
             "echo token end",
         ] {
-            assert!(script.lines().any(|other| other == line), "{line}\n{script}");
+            assert!(
+                script.lines().any(|other| other == line),
+                "{line}\n{script}"
+            );
         }
     }
 }

@@ -52,12 +52,7 @@ pub(super) const MODULES: &str = "/modules";
 /// # Errors
 ///
 /// If a file is missing.
-pub(super) fn write(
-    path: &Path,
-    programs: &Programs,
-    modules: &Modules,
-    init: &str,
-) -> Result<()> {
+pub(super) fn write(path: &Path, programs: &Programs, modules: &Modules, init: &str) -> Result<()> {
     let file = File::create(path).with_context(|| format!("make {}", path.display()))?;
     let mut archive = Archive {
         output: BufWriter::new(file),

@@ -90,9 +90,7 @@ fn release(image: &[u8]) -> Option<String> {
     } else if image.starts_with(ELF) {
         image
             .windows(BANNER.len() + 1)
-            .position(|at| {
-                at.starts_with(BANNER) && at.last().is_some_and(u8::is_ascii_digit)
-            })
+            .position(|at| at.starts_with(BANNER) && at.last().is_some_and(u8::is_ascii_digit))
             .and_then(|at| image.get(at + BANNER.len()..))?
     } else {
         return None;

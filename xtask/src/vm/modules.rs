@@ -57,7 +57,10 @@ pub(super) fn collect(kernel: &Kernel) -> Result<Modules> {
     find(directory, &mut files)
         .with_context(|| format!("read the modules in {}", directory.display()))?;
     let built_in = fs::read_to_string(directory.join("modules.builtin")).unwrap_or_default();
-    let built_in: Vec<String> = built_in.lines().filter_map(|line| name(Path::new(line))).collect();
+    let built_in: Vec<String> = built_in
+        .lines()
+        .filter_map(|line| name(Path::new(line)))
+        .collect();
     let mut contents = HashMap::new();
     let order = order(&NEEDED, |name| {
         let Some(path) = files.get(name) else {

@@ -140,7 +140,9 @@ pub(super) fn watch(
         // It must not go on without its watcher.
         machine.pre_exec(|| Ok(prctl::set_pdeathsig(Signal::SIGKILL)?));
     }
-    let mut child = machine.spawn().with_context(|| format!("start {PROGRAM}"))?;
+    let mut child = machine
+        .spawn()
+        .with_context(|| format!("start {PROGRAM}"))?;
     let output = BufReader::new(child.stdout.take().context("the machine's output")?);
     let (sender, lines) = mpsc::channel();
     thread::spawn(move || {
@@ -212,7 +214,9 @@ mod tests {
 
     #[test]
     fn the_processors_flags_say_whether_it_can() {
-        assert!(has_virtualization("processor : 0\nflags\t\t: fpu vmx sse\n"));
+        assert!(has_virtualization(
+            "processor : 0\nflags\t\t: fpu vmx sse\n"
+        ));
         assert!(has_virtualization("flags : svm\n"));
         assert!(!has_virtualization("flags : fpu hypervisor\nbugs : vmx\n"));
     }
