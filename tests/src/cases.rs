@@ -479,8 +479,18 @@ impl Bed {
     }
 
     fn observe_through(&self, case: &Case, proxy: &Proxy) -> Result<Observed> {
-        let position = proxy.log_position();
-        let outcome = self.connect(case)?;
+        let mut attempts = 0;
+        let (position, outcome) = loop {
+            attempts += 1;
+            let position = proxy.log_position();
+            let outcome = self.connect(case)?;
+            // Where the proxy has nowhere to go it may close before connect()
+            // returns, which then fails.
+            let reset = matches!(&outcome, Outcome::Failed(error) if error == "ECONNRESET");
+            if !reset || attempts == 10 {
+                break (position, outcome);
+            }
+        };
         let observed = Observed::from(&outcome);
         let Outcome::Connected {
             getsockname: client,

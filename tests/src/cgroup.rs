@@ -8,6 +8,10 @@ use std::{
 };
 
 use anyhow::{Context, Result};
+use nix::{
+    sys::signal::{self, Signal},
+    unistd::Pid,
+};
 
 use crate::command::{require_root, wait_until};
 
@@ -70,18 +74,37 @@ impl Cgroup {
     }
 
     fn remove(&self) -> Result<()> {
-        fs::write(self.path.join("cgroup.kill"), "1").context("write cgroup.kill")?;
         // Busy until the last process is gone.
-        wait_until(
-            "its processes end",
-            Duration::from_secs(5),
-            || match remove_tree(&self.path) {
+        wait_until("its processes end", Duration::from_secs(5), || {
+            kill_all(&self.path)?;
+            match remove_tree(&self.path) {
                 Ok(()) => Ok(Some(())),
                 Err(error) if error.kind() == io::ErrorKind::ResourceBusy => Ok(None),
                 Err(error) => Err(error.into()),
-            },
-        )
+            }
+        })
     }
+}
+
+/// Kills the processes of the cgroup and of those below it.
+fn kill_all(path: &Path) -> Result<()> {
+    let kill = path.join("cgroup.kill");
+    if kill.exists() {
+        return fs::write(&kill, "1").context("write cgroup.kill");
+    }
+    // Before Linux 5.14 one by one; whoever asks asks until none is left.
+    let procs = fs::read_to_string(path.join("cgroup.procs")).context("read cgroup.procs")?;
+    for pid in procs.lines().filter_map(|line| line.parse().ok()) {
+        // It may have ended meanwhile.
+        let _ = signal::kill(Pid::from_raw(pid), Signal::SIGKILL);
+    }
+    for entry in fs::read_dir(path)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            kill_all(&entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 /// Removes the cgroup and those below it. (Its files go by themselves.)

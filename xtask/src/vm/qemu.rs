@@ -123,7 +123,7 @@ pub(super) struct Watched {
 }
 
 /// Runs a machine to its end, or until the limit, and gives each line that it
-/// prints to `read`.
+/// prints to `read`, which says what is to be seen of it.
 ///
 /// # Errors
 ///
@@ -131,7 +131,7 @@ pub(super) struct Watched {
 pub(super) fn watch(
     machine: &mut Command,
     limit: Duration,
-    mut read: impl FnMut(&str),
+    mut read: impl FnMut(&str) -> String,
 ) -> Result<Watched> {
     let start = Instant::now();
     machine.stdin(Stdio::null()).stdout(Stdio::piped());
@@ -157,8 +157,7 @@ pub(super) fn watch(
     let killed = loop {
         match lines.recv_timeout(limit.saturating_sub(start.elapsed())) {
             Ok(line) => {
-                read(&line);
-                last.push_back(line);
+                last.push_back(read(&line));
                 if last.len() > LAST_LINES {
                     last.pop_front();
                 }
@@ -189,6 +188,7 @@ mod tests {
         let mut lines = Vec::new();
         let watched = watch(command("sh").args(["-c", script]), limit, |line| {
             lines.push(line.to_owned());
+            line.to_owned()
         });
         (lines, watched.unwrap())
     }
