@@ -17,6 +17,7 @@ mod process;
 mod run;
 mod setup;
 mod test;
+mod verifier;
 mod vm;
 
 /// Interceptor's own commands. Each installs what it needs and doesn't find.
@@ -39,6 +40,8 @@ enum Command {
     Test(test::Args),
     /// Measure what interception costs (needs root; --help lists its flags)
     Bench(bench::Args),
+    /// What the kernel programs cost each kernel's verifier, against the record
+    Verifier(verifier::Args),
     /// Check the format, the lints and the documentation
     Lint,
 }
@@ -50,6 +53,7 @@ fn main() -> Result<ExitCode> {
         Command::Run(args) => return run::run(&args),
         Command::Test(args) => return test::run(&args),
         Command::Bench(args) => bench::bench(&args)?,
+        Command::Verifier(args) => return verifier::run(&args),
         Command::Lint => lint::run()?,
     }
     Ok(ExitCode::SUCCESS)

@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 use crate::{
     process::target,
@@ -112,6 +112,31 @@ pub(crate) fn demo(wanted: &[Wanted], arguments: Vec<String>) -> Result<ExitCode
     run(wanted, &programs, &jobs)
 }
 
+/// What `interceptor` with these arguments prints on each kernel, whose series
+/// (6.1) comes first.
+///
+/// # Errors
+///
+/// If something is missing or can't be built, or it fails in a guest.
+pub(crate) fn outputs(wanted: &[Wanted], arguments: &[&str]) -> Result<Vec<(String, String)>> {
+    setup::ensure(NEEDS)?;
+    let programs = programs::build(&["interceptor"], &[])?;
+    let jobs = [Job {
+        name: format!("interceptor {}", arguments.join(" ")),
+        program: programs.binary("interceptor")?.to_owned(),
+        arguments: arguments.iter().copied().map(str::to_owned).collect(),
+    }];
+    let outcomes = boot_all(wanted, &programs, &jobs, false)?;
+    if outcomes.iter().any(|outcome| !outcome.report.succeeded()) {
+        show(&outcomes);
+        bail!("not on all kernels");
+    }
+    Ok(outcomes
+        .into_iter()
+        .map(|outcome| (outcome.kernel, outcome.report.printed()))
+        .collect())
+}
+
 /// Runs the suites with these arguments on each kernel.
 ///
 /// # Errors
@@ -159,6 +184,16 @@ struct Outcome {
 }
 
 fn run(wanted: &[Wanted], programs: &Programs, jobs: &[Job]) -> Result<ExitCode> {
+    Ok(show(&boot_all(wanted, programs, jobs, true)?))
+}
+
+/// Boots a guest with each kernel, and shows what they print if `aloud`.
+fn boot_all(
+    wanted: &[Wanted],
+    programs: &Programs,
+    jobs: &[Job],
+    aloud: bool,
+) -> Result<Vec<Outcome>> {
     let directory = target()?.join("vm");
     fs::create_dir_all(&directory).with_context(|| format!("make {}", directory.display()))?;
     let kernels = find(wanted, &directory)?;
@@ -173,6 +208,7 @@ fn run(wanted: &[Wanted], programs: &Programs, jobs: &[Job]) -> Result<ExitCode>
         accelerator,
         processors: processors.clamp(1, 2),
         directory: &directory,
+        aloud,
     };
     let mut outcomes: Vec<Outcome> = Vec::new();
     // A user sees the same for one guest as without `--vm`.
@@ -212,7 +248,7 @@ fn run(wanted: &[Wanted], programs: &Programs, jobs: &[Job]) -> Result<ExitCode>
     }
     ensure!(outcomes.len() == kernels.len(), "a thread panicked");
     outcomes.sort_by_key(|outcome| kernels.iter().position(|k| k.name == outcome.kernel));
-    Ok(show(&outcomes))
+    Ok(outcomes)
 }
 
 /// The kernels, each once, in the order in which they were asked for.
@@ -246,6 +282,7 @@ struct Host<'a> {
     accelerator: qemu::Accelerator,
     processors: usize,
     directory: &'a Path,
+    aloud: bool,
 }
 
 /// Runs the jobs in a guest with this kernel.
@@ -279,7 +316,9 @@ fn boot(
     let watched = qemu::watch(&mut machine.command()?, LIMIT, |line| {
         counts += Counts::parse(line).unwrap_or_default();
         let shown = report.read(line);
-        println!("{prefix}{shown}");
+        if host.aloud {
+            println!("{prefix}{shown}");
+        }
         shown
     })?;
     report.end(&watched.end);
@@ -295,12 +334,10 @@ fn boot(
 /// Shows how each guest went, and whether all went well.
 fn show(outcomes: &[Outcome]) -> ExitCode {
     // Two guests' lines alternate: here they are together.
-    if outcomes.len() > 1 {
-        for outcome in outcomes.iter().filter(|o| !o.report.succeeded()) {
-            println!("\nThe last lines of {}:", outcome.kernel);
-            for line in &outcome.last {
-                println!("    {line}");
-            }
+    for outcome in outcomes.iter().filter(|o| !o.report.succeeded()) {
+        println!("\nThe last lines of {}:", outcome.kernel);
+        for line in &outcome.last {
+            println!("    {line}");
         }
     }
     let width = outcomes.iter().map(|o| o.kernel.len()).max().unwrap_or(0);

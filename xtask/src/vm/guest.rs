@@ -80,6 +80,9 @@ pub(super) struct Report {
     token: String,
     since: Instant,
     jobs: Vec<(String, Option<i32>)>,
+    /// What the jobs printed, line by line.
+    printed: Vec<String>,
+    ready: bool,
     ended: bool,
     failure: Option<String>,
 }
@@ -91,6 +94,8 @@ impl Report {
             token: token.to_owned(),
             since: Instant::now(),
             jobs: jobs.iter().map(|job| (job.name.clone(), None)).collect(),
+            printed: Vec::new(),
+            ready: false,
             ended: false,
             failure: None,
         }
@@ -99,11 +104,15 @@ impl Report {
     /// Reads a line, and returns what to show of it, or instead of it.
     pub(super) fn read(&mut self, line: &str) -> String {
         let Some((others, report)) = line.split_once(&self.token) else {
+            if self.ready && !self.ended {
+                self.printed.push(line.to_owned());
+            }
             return line.to_owned();
         };
         let words: Vec<&str> = report.split_whitespace().collect();
         let shown = match words.as_slice() {
             ["ready"] => {
+                self.ready = true;
                 let seconds = self.since.elapsed().as_secs();
                 self.since = Instant::now();
                 format!("vm: ready after {seconds} s")
@@ -127,6 +136,11 @@ impl Report {
             _ => line.to_owned(),
         };
         format!("{others}{shown}")
+    }
+
+    /// What the jobs printed.
+    pub(super) fn printed(&self) -> String {
+        self.printed.join("\n")
     }
 
     /// The guest has ended.
@@ -245,6 +259,10 @@ mod tests {
         );
         assert_eq!(report.jobs[1].1, Some(9));
         assert_eq!(report.read("token job 2 0"), "token job 2 0");
+        assert_eq!(report.printed(), "");
+        report.read("{");
+        report.read("}");
+        assert_eq!(report.printed(), "{\n}");
     }
 
     #[test]
