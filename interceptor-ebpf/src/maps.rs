@@ -100,13 +100,19 @@ pub(crate) mod listeners {
     pub(crate) fn insert_held(mut slot: u32, sock_common: *mut u8) -> i64 {
         // SAFETY: for a socket map the helper takes the socket itself as the
         // value; the iterator holds it meanwhile.
-        unsafe {
+        let result = unsafe {
             bpf_map_update_elem(
                 from_ref(&LISTENERS).cast_mut().cast(),
                 from_mut(&mut slot).cast(),
                 sock_common.cast(),
                 u64::from(BPF_NOEXIST),
             )
+        };
+        // Before Linux 6.4 the helper's call becomes one of a function that
+        // returns an `int`, and the upper half of the register is anything.
+        #[expect(clippy::cast_possible_truncation, reason = "an errno")]
+        {
+            i64::from(result as i32)
         }
     }
 
