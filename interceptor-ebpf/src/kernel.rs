@@ -38,12 +38,6 @@ static FILE_F_CRED: Global<u32> = Global::new(0);
 static CRED_FSUID: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
 static CRED_FSGID: Global<u32> = Global::new(0);
-/// `sock_common.skc_num`: the local port, host byte order.
-#[unsafe(no_mangle)]
-static SOCK_COMMON_SKC_NUM: Global<u32> = Global::new(0);
-/// `sock_common.skc_state`.
-#[unsafe(no_mangle)]
-static SOCK_COMMON_SKC_STATE: Global<u32> = Global::new(0);
 /// `inet_sock.inet_sport`: the local port, network byte order.
 #[unsafe(no_mangle)]
 static INET_SOCK_INET_SPORT: Global<u32> = Global::new(0);
@@ -117,22 +111,6 @@ pub(crate) fn owner(sock: TcpSock) -> Option<Owner> {
             uid: field(cred, &CRED_FSUID),
             gid: field(cred, &CRED_FSGID),
         })
-    }
-}
-
-/// The local port (host byte order) and the TCP state of a `struct sock_common`.
-///
-/// # Safety
-///
-/// `sock` must be a `struct sock_common` whose type the verifier knows.
-#[inline(always)]
-pub(crate) unsafe fn port_and_state(sock: *const u8) -> (u16, u8) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        (
-            field(sock, &SOCK_COMMON_SKC_NUM),
-            field(sock, &SOCK_COMMON_SKC_STATE),
-        )
     }
 }
 

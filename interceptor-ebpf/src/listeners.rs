@@ -1,5 +1,5 @@
-//! The proxy's listeners: registered when they start to listen, or found by
-//! an iterator when they are older than the attachment.
+//! The proxy's listeners, registered when they start to listen. The loader
+//! registers those that are older than the attachment.
 
 use aya_ebpf::programs::SockOpsContext;
 use aya_log_ebpf::{info, warn};
@@ -12,7 +12,6 @@ use interceptor_common::{
 use crate::{context::read, kernel, maps};
 
 const EEXIST: i64 = 17;
-const TCP_LISTEN: u8 = 10;
 
 /// Which of the proxy's ports `port` (host byte order) is.
 #[inline(always)]
@@ -47,36 +46,6 @@ pub(crate) fn listening(ctx: &SockOpsContext) {
     } else {
         warn!(ctx, "a listener on port {} can't be registered", port);
     }
-}
-
-/// `struct bpf_iter__tcp`: the context of an `iter/tcp` program.
-#[repr(C)]
-pub(crate) struct TcpIterator {
-    meta: *const u8,
-    sock_common: *mut u8,
-}
-
-/// Called for each TCP socket of a network namespace when the loader reads
-/// from the iterator.
-#[unsafe(no_mangle)]
-#[unsafe(link_section = "iter/tcp")]
-pub(crate) extern "C" fn register_listeners(context: *const TcpIterator) -> i32 {
-    let sock = read!(context, sock_common);
-    if sock.is_null() {
-        return 0;
-    }
-    let Some(settings) = maps::settings() else {
-        return 0;
-    };
-    // SAFETY: the iterator hands out a `struct sock_common`.
-    let (port, state) = unsafe { kernel::port_and_state(sock) };
-    if state != TCP_LISTEN {
-        return 0;
-    }
-    if let Some(proxy_port) = proxy_port(settings, port) {
-        register(proxy_port, |slot| maps::listeners::insert_held(slot, sock));
-    }
-    0
 }
 
 /// Puts a listener into the first free slot; `insert` returns 0, or an errno

@@ -74,7 +74,7 @@ pub(crate) mod listeners {
 
     use aya_ebpf::{
         bindings::{BPF_NOEXIST, bpf_sock, bpf_sock_ops},
-        helpers::generated::{bpf_map_lookup_elem, bpf_map_update_elem, bpf_sock_map_update},
+        helpers::generated::{bpf_map_lookup_elem, bpf_sock_map_update},
     };
 
     use super::LISTENERS;
@@ -91,28 +91,6 @@ pub(crate) mod listeners {
                 from_mut(&mut slot).cast(),
                 u64::from(BPF_NOEXIST),
             )
-        }
-    }
-
-    /// Puts a listener that an iterator holds into a free slot; 0, or an errno
-    /// below zero.
-    #[inline(always)]
-    pub(crate) fn insert_held(mut slot: u32, sock_common: *mut u8) -> i64 {
-        // SAFETY: for a socket map the helper takes the socket itself as the
-        // value; the iterator holds it meanwhile.
-        let result = unsafe {
-            bpf_map_update_elem(
-                from_ref(&LISTENERS).cast_mut().cast(),
-                from_mut(&mut slot).cast(),
-                sock_common.cast(),
-                u64::from(BPF_NOEXIST),
-            )
-        };
-        // Before Linux 6.4 the helper's call becomes one of a function that
-        // returns an `int`, and the upper half of the register is anything.
-        #[expect(clippy::cast_possible_truncation, reason = "an errno")]
-        {
-            i64::from(result as i32)
         }
     }
 

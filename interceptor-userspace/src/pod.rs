@@ -1,6 +1,7 @@
 //! What a pod is: a name, a cgroup and a network namespace.
 
 pub mod cgroup;
+pub(crate) mod listeners;
 pub mod netns;
 
 use std::{fmt, str::FromStr};

@@ -473,24 +473,20 @@ impl Bed {
     /// If the agent fails; that the connection fails is no error.
     pub fn observe(&self, case: &Case, proxy: Option<&Proxy>) -> Result<Observed> {
         match proxy {
-            None => Ok(Observed::from(&self.connect(case)?)),
+            None => Ok(Observed::from(&self.connect(case, false)?)),
             Some(proxy) => self.observe_through(case, proxy),
         }
     }
 
     fn observe_through(&self, case: &Case, proxy: &Proxy) -> Result<Observed> {
-        let mut attempts = 0;
-        let (position, outcome) = loop {
-            attempts += 1;
-            let position = proxy.log_position();
-            let outcome = self.connect(case)?;
-            // Where the proxy has nowhere to go it may close before connect()
-            // returns, which then fails.
-            let reset = matches!(&outcome, Outcome::Failed(error) if error == "ECONNRESET");
-            if !reset || attempts == 10 {
-                break (position, outcome);
-            }
-        };
+        let mut position = proxy.log_position();
+        let mut outcome = self.connect(case, false)?;
+        if matches!(&outcome, Outcome::Failed(error) if error == "ECONNRESET") {
+            // The proxy has nowhere to go and closed before connect() returned,
+            // which then forgets the socket's name.
+            position = proxy.log_position();
+            outcome = self.connect(case, true)?;
+        }
         let observed = Observed::from(&outcome);
         let Outcome::Connected {
             getsockname: client,
@@ -531,13 +527,14 @@ impl Bed {
         })
     }
 
-    fn connect(&self, case: &Case) -> Result<Outcome> {
+    fn connect(&self, case: &Case, nonblocking: bool) -> Result<Outcome> {
         let agent = match case.from {
             Host::Pod => &self.app,
             Host::Peer => &self.peer,
         };
         agent.connect(Connect {
             bind: case.bind.map(|address| SocketAddr::new(address, 0)),
+            nonblocking,
             ..Connect::new(case.owner, case.to)
         })
     }

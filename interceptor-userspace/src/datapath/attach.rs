@@ -1,17 +1,24 @@
 //! Attaching and detaching a pod: all or nothing.
 
-use std::{fs, io, path::Path};
+use std::{
+    borrow::{Borrow, BorrowMut},
+    fs, io,
+    os::fd::{AsFd as _, BorrowedFd},
+    path::Path,
+};
 
-use aya::maps::{Array, LpmTrie, MapData, lpm_trie::Key};
+use aya::maps::{Array, LpmTrie, MapData, PerCpuArray, PerCpuValues, lpm_trie::Key};
 use interceptor_common::{
     config::Settings,
     conn::Address,
+    counters::Event,
+    listeners::{ProxyPort, SLOTS},
     pod::{Attachment, LAYOUT},
     routes::Route,
 };
 
 use super::{
-    bpf::Link,
+    bpf::{self, Link},
     object::{LINKS, LogLevel, MAPS, Object},
     pins::{self, Pins, Staging, link_pin},
     plain::Plain,
@@ -23,6 +30,7 @@ use crate::{
     pod::{
         PodName,
         cgroup::Cgroup,
+        listeners::{self, Listener},
         netns::{Netns, NetnsId},
     },
 };
@@ -102,7 +110,8 @@ pub fn attach(pins: &Pins, request: &Request<'_>) -> Result<Attached> {
         if hook.program == "sock_ops" {
             // New listeners register themselves from here on; nothing looks
             // for them yet.
-            object.register_listeners(request.netns)?;
+            let events = register_listeners(object.listeners(), request)?;
+            count(&mut object.map_mut("COUNTERS")?, &events)?;
         }
     }
     for (hook, link) in LINKS.iter().zip(&links) {
@@ -213,7 +222,80 @@ fn attach_again(request: &Request<'_>, directory: &Path) -> Result<Attached> {
     let routes = routes::read(request.netns)?;
     let mut map: RoutesMap<MapData> = opened.map("ROUTES")?;
     write_routes(&mut map, &routes)?;
+    let listeners = opened.open_map("LISTENERS")?;
+    let events = register_listeners(listeners.fd().as_fd(), request)?;
+    count(&mut opened.map("COUNTERS")?, &events)?;
     Ok(Attached::Already)
+}
+
+/// Registers the proxy's listeners that nothing has registered yet: those that
+/// are older than the attachment, and those for which there was no place.
+/// Returns what kept others out.
+fn register_listeners(map: BorrowedFd<'_>, request: &Request<'_>) -> Result<Vec<Event>> {
+    let mut events = Vec::new();
+    let ports = [
+        (request.settings.outbound_port, ProxyPort::Outbound),
+        (request.settings.inbound_port, ProxyPort::Inbound),
+    ];
+    let found = listeners::find(request.cgroup, request.netns, &ports.map(|(port, _)| port))?;
+    let registered: Vec<u64> = (0..2 * SLOTS)
+        .filter(|_| !found.is_empty())
+        .filter_map(|slot| bpf::socket_cookie(map, slot))
+        .collect();
+    for listener in found {
+        let cookie = rustix::net::sockopt::socket_cookie(&listener.socket)
+            .map_err(|errno| Error::system("asking for a socket's cookie")(errno.into()))?;
+        let Some((_, port)) = ports.iter().find(|(port, _)| *port == listener.port) else {
+            continue;
+        };
+        if registered.contains(&cookie) {
+            continue;
+        }
+        events.extend(register(map, *port, &listener)?);
+    }
+    Ok(events)
+}
+
+/// Puts a listener into the first free slot; returns what kept it out, if
+/// something did.
+fn register(map: BorrowedFd<'_>, port: ProxyPort, listener: &Listener) -> Result<Option<Event>> {
+    for slot in port.first_slot()..port.first_slot() + SLOTS {
+        match bpf::insert_socket(map, slot, listener.socket.as_fd()) {
+            Ok(()) => return Ok(None),
+            Err(error) => match error.raw_os_error() {
+                Some(libc::EEXIST) => {}
+                Some(libc::EOPNOTSUPP) => return Ok(Some(Event::ListenerUnsuitable)),
+                _ => {
+                    return Err(Error::system(format!(
+                        "registering the proxy's listener on port {}",
+                        listener.port
+                    ))(error));
+                }
+            },
+        }
+    }
+    Ok(Some(Event::ListenerSlotsFull))
+}
+
+/// Counts events as the kernel programs do. One that they count at the same
+/// moment may be lost.
+fn count<T>(counters: &mut PerCpuArray<T, u64>, events: &[Event]) -> Result<()>
+where
+    T: Borrow<MapData> + BorrowMut<MapData>,
+{
+    for event in events {
+        let index = event.index();
+        let values = counters
+            .get(&index, 0)
+            .map_err(Error::map("reading", "COUNTERS"))?;
+        let mut values = values.to_vec();
+        values[0] += 1;
+        let values = PerCpuValues::try_from(values).map_err(Error::system("counting an event"))?;
+        counters
+            .set(index, values, 0)
+            .map_err(Error::map("writing", "COUNTERS"))?;
+    }
+    Ok(())
 }
 
 fn attachment(request: &Request<'_>, passthrough_v6_added: bool) -> Attachment {
@@ -252,7 +334,7 @@ type RoutesMap<T> = LpmTrie<T, Plain<Address>, Plain<Route>>;
 /// destination is without its route meanwhile.
 fn write_routes<T>(map: &mut RoutesMap<T>, routes: &Routes) -> Result<()>
 where
-    T: std::borrow::Borrow<MapData> + std::borrow::BorrowMut<MapData>,
+    T: Borrow<MapData> + BorrowMut<MapData>,
 {
     let wanted: Vec<_> = routes
         .iter()

@@ -12,8 +12,8 @@ use std::{
 };
 
 use aya_obj::generated::{
-    bpf_attach_type, bpf_attr, bpf_cmd, bpf_link_info, bpf_link_type::BPF_LINK_TYPE_CGROUP,
-    bpf_link_type::BPF_LINK_TYPE_NETNS,
+    BPF_NOEXIST, bpf_attach_type, bpf_attr, bpf_cmd, bpf_link_info,
+    bpf_link_type::BPF_LINK_TYPE_CGROUP, bpf_link_type::BPF_LINK_TYPE_NETNS,
 };
 
 /// A program attached to a cgroup or a network namespace, until this and every
@@ -180,13 +180,36 @@ fn c_path(path: &Path) -> io::Result<CString> {
     CString::new(path.as_os_str().as_bytes()).map_err(io::Error::other)
 }
 
-/// Whether an element of a socket map is in use (`BPF_MAP_LOOKUP_ELEM`; aya
-/// reads no values from socket maps).
-pub(crate) fn has_element(map: &aya::maps::MapFd, key: u32) -> bool {
-    let mut value = [0u8; 8];
+/// The cookie of a socket in a socket map (`BPF_MAP_LOOKUP_ELEM`; aya reads no
+/// values from socket maps).
+pub(crate) fn socket_cookie(map: BorrowedFd<'_>, key: u32) -> Option<u64> {
+    let mut cookie = 0u64;
+    let mut attr = element(map, &key, &raw mut cookie);
+    bpf(bpf_cmd::BPF_MAP_LOOKUP_ELEM, &mut attr).ok()?;
+    Some(cookie)
+}
+
+/// Puts a socket into a free place of a socket map (`BPF_MAP_UPDATE_ELEM`).
+///
+/// # Errors
+///
+/// `EEXIST` if the place is taken, `EOPNOTSUPP` if a socket map can't hold such
+/// a socket.
+pub(crate) fn insert_socket(
+    map: BorrowedFd<'_>,
+    key: u32,
+    socket: BorrowedFd<'_>,
+) -> io::Result<()> {
+    let mut value = u64::from(fd_number(socket));
+    let mut attr = element(map, &key, &raw mut value);
+    attr.__bindgen_anon_2.flags = u64::from(BPF_NOEXIST);
+    bpf(bpf_cmd::BPF_MAP_UPDATE_ELEM, &mut attr).map(drop)
+}
+
+fn element(map: BorrowedFd<'_>, key: &u32, value: *mut u64) -> bpf_attr {
     let mut attr = zeroed_attr();
-    attr.__bindgen_anon_2.map_fd = fd_number(map.as_fd());
-    attr.__bindgen_anon_2.key = (&raw const key).addr() as u64;
-    attr.__bindgen_anon_2.__bindgen_anon_1.value = value.as_mut_ptr().addr() as u64;
-    bpf(bpf_cmd::BPF_MAP_LOOKUP_ELEM, &mut attr).is_ok()
+    attr.__bindgen_anon_2.map_fd = fd_number(map);
+    attr.__bindgen_anon_2.key = std::ptr::from_ref(key).addr() as u64;
+    attr.__bindgen_anon_2.__bindgen_anon_1.value = value.addr() as u64;
+    attr
 }

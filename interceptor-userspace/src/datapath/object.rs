@@ -1,9 +1,9 @@
 //! The kernel object: embedded in this binary, loaded once per pod.
 
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, BorrowedFd};
 
 use aya::{
-    Btf, Ebpf, EbpfLoader,
+    Ebpf, EbpfLoader,
     maps::{Map, MapError},
     programs::{Program, ProgramError, ProgramType},
     sys::{BpfHelper, is_helper_supported},
@@ -70,9 +70,6 @@ pub(crate) const LINKS: [Hook; 7] = [
     cgroup_hook("connect6", BPF_CGROUP_INET6_CONNECT),
 ];
 
-/// The iterator program that finds listeners older than the attachment.
-const LISTENER_ITERATOR: &str = "register_listeners";
-
 /// aya-log's map.
 const LOGS: &str = "AYA_LOGS";
 
@@ -104,7 +101,6 @@ impl Object {
     /// Loads the programs and creates their maps.
     pub(crate) fn load(netns: NetnsId, log_level: LogLevel) -> Result<Self> {
         let offsets = Offsets::of_running_kernel()?;
-        let btf = Btf::from_sys_fs().map_err(|error| Error::Load(error.into()))?;
         let level = log_level as u8;
         #[expect(
             clippy::cast_possible_truncation,
@@ -114,7 +110,8 @@ impl Object {
         let has_set_retval = u8::from(has_set_retval());
         let mut loader = EbpfLoader::new();
         loader
-            .btf(Some(&btf))
+            // Nothing in the programs is relocated by the kernel's types.
+            .btf(None)
             .override_global("NETNS_INODE", &netns_inode, true)
             .override_global("HAS_SET_RETVAL", &has_set_retval, true)
             .override_global("AYA_LOG_LEVEL", &level, true);
@@ -128,7 +125,7 @@ impl Object {
         let mut object = Self(loader.load(OBJECT)?);
         for program in program_names() {
             object
-                .load_program(program, &btf)
+                .load_program(program)
                 .map_err(|error| Error::Program {
                     program,
                     source: Box::new(error),
@@ -137,13 +134,12 @@ impl Object {
         Ok(object)
     }
 
-    fn load_program(&mut self, name: &str, btf: &Btf) -> Result<(), ProgramError> {
+    fn load_program(&mut self, name: &str) -> Result<(), ProgramError> {
         match self.0.program_mut(name).expect("it is in the object") {
             Program::CgroupSockAddr(program) => program.load(),
             Program::CgroupSockopt(program) => program.load(),
             Program::SockOps(program) => program.load(),
             Program::SkLookup(program) => program.load(),
-            Program::Iter(program) => program.load("tcp", btf),
             _ => unreachable!("the object has no other programs"),
         }
     }
@@ -151,6 +147,15 @@ impl Object {
     /// A map, by its name.
     pub(crate) fn map(&self, name: &str) -> &Map {
         self.0.map(name).expect("it is in the object")
+    }
+
+    /// The map of the proxy's listeners. (aya's own type for it takes only
+    /// values that user space can't read.)
+    pub(crate) fn listeners(&self) -> BorrowedFd<'_> {
+        match self.map("LISTENERS") {
+            Map::SockMap(data) => data.fd().as_fd(),
+            _ => unreachable!("it is a socket map"),
+        }
     }
 
     /// A map, to write to it.
@@ -199,29 +204,6 @@ impl Object {
                 }
             }
             Error::system(format!("attaching {} to {name}", hook.program))(error)
-        })
-    }
-
-    /// Registers the proxy's listeners that exist already.
-    pub(crate) fn register_listeners(&mut self, netns: &Netns) -> Result<()> {
-        let Some(Program::Iter(iterator)) = self.0.program_mut(LISTENER_ITERATOR) else {
-            unreachable!("it is in the object")
-        };
-        let failed = |error: ProgramError| Error::Program {
-            program: LISTENER_ITERATOR,
-            source: Box::new(error),
-        };
-        let link = iterator.attach().map_err(failed)?;
-        let link = iterator.take_link(link).map_err(failed)?;
-        // The iterator walks the namespace of the thread that opens it.
-        netns.enter(|| {
-            let operation = "looking for listeners with a BPF iterator";
-            let mut file = link
-                .into_file()
-                .map_err(|error| Error::system(operation)(std::io::Error::other(error)))?;
-            std::io::copy(&mut file, &mut std::io::sink())
-                .map(drop)
-                .map_err(Error::system(operation))
         })
     }
 }
@@ -306,10 +288,7 @@ pub fn load_only() -> Result<Vec<ProgramSize>> {
 
 /// All programs of the object.
 fn program_names() -> impl Iterator<Item = &'static str> {
-    LINKS
-        .iter()
-        .map(|hook| hook.program)
-        .chain([LISTENER_ITERATOR])
+    LINKS.iter().map(|hook| hook.program)
 }
 
 /// Who keeps others from attaching to `cgroup`: the exclusive programs on it

@@ -1,6 +1,9 @@
 //! What is attached, read from the pins alone: nothing has to run for it.
 
-use std::path::{Path, PathBuf};
+use std::{
+    os::fd::AsFd as _,
+    path::{Path, PathBuf},
+};
 
 use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray};
 use interceptor_common::{
@@ -280,7 +283,7 @@ impl Opened {
             .map_err(Error::map("opening", name))
     }
 
-    fn open_map(&self, name: &'static str) -> Result<MapData> {
+    pub(crate) fn open_map(&self, name: &'static str) -> Result<MapData> {
         MapData::from_pin(map_pin(&self.directory, name))
             .map_err(|error| self.damaged(format!("maps/{name}: {error}")))
     }
@@ -308,7 +311,7 @@ impl Opened {
     fn listeners(&self, port: ProxyPort) -> Result<usize> {
         let map = self.open_map("LISTENERS")?;
         Ok((port.first_slot()..port.first_slot() + SLOTS)
-            .filter(|slot| super::bpf::has_element(map.fd(), *slot))
+            .filter(|slot| super::bpf::socket_cookie(map.fd().as_fd(), *slot).is_some())
             .count())
     }
 }

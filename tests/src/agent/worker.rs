@@ -183,11 +183,15 @@ fn connect(request: &Connect) -> Result<Outcome> {
         Err(error) => return Ok(Outcome::Failed(error_name(&error))),
     };
     let getsockname = local_address(&socket)?;
+    let served = match &getpeername {
+        Err(error) if error == "ECONNRESET" => Err(error.clone()),
+        _ => converse(&socket, request.timeout, 0, request.payload)
+            .map_err(|error| error_name(&error)),
+    };
     Ok(Outcome::Connected {
         getsockname,
         getpeername,
-        served: converse(&socket, request.timeout, 0, request.payload)
-            .map_err(|error| error_name(&error)),
+        served,
     })
 }
 
@@ -199,7 +203,13 @@ fn open_connection(request: &Connect) -> io::Result<(Socket, Result<SocketAddr, 
     }
     let to = request.to.into();
     if request.nonblocking {
-        socket.connect_timeout(&to, request.timeout)?;
+        match socket.connect_timeout(&to, request.timeout) {
+            // It was established, or the error were ECONNREFUSED.
+            Err(error) if error.raw_os_error() == Some(libc::ECONNRESET) => {
+                return Ok((socket, Err(error_name(&error))));
+            }
+            connected => connected?,
+        }
     } else {
         // Bounds connect(), too.
         socket.set_write_timeout(Some(request.timeout))?;
