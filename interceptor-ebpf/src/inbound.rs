@@ -2,7 +2,7 @@
 
 use aya_ebpf::{
     bindings::{
-        BPF_SK_LOOKUP_F_REPLACE, bpf_sk_lookup,
+        BPF_SK_LOOKUP_F_REPLACE,
         sk_action::{SK_DROP, SK_PASS},
     },
     helpers::generated::{bpf_sk_assign, bpf_sk_release},
@@ -121,39 +121,32 @@ fn from_inside(settings: &Settings, local: Endpoint, remote: Endpoint) -> Choice
 }
 
 /// Gives the connection to a listener of the proxy; false if there is none.
-#[inline(always)]
-fn assign(ctx: &SkLookupContext, port: ProxyPort, from_inside: bool) -> bool {
-    (0..SLOTS)
-        .any(|slot| assign_slot(ctx.lookup, port.first_slot() + slot, from_inside.into()) != 0)
-}
-
-/// Gives the connection to the listener in a slot; 0 if there is none, or if it
-/// is for others.
 ///
 /// Replaces another program's choice: REDIRECT also comes before any look-up
 /// of a socket.
-///
-/// A global function, as BPF calls it: the verifier walks it once, and not once
-/// for each slot.
-#[unsafe(no_mangle)]
-#[inline(never)]
-extern "C" fn assign_slot(context: *mut bpf_sk_lookup, slot: u32, from_inside: u32) -> u32 {
-    let sk = maps::listeners::get(slot);
-    if sk.is_null() {
-        return 0;
+#[inline(always)]
+fn assign(ctx: &SkLookupContext, port: ProxyPort, from_inside: bool) -> bool {
+    for slot in 0..SLOTS {
+        let sk = maps::listeners::get(port.first_slot() + slot);
+        if sk.is_null() {
+            continue;
+        }
+        let assigned = accepts(&bound_address(sk), from_inside)
+            // SAFETY: the program's own context and a socket that it holds.
+            && unsafe {
+                bpf_sk_assign(
+                    ctx.lookup.cast(),
+                    sk.cast(),
+                    u64::from(BPF_SK_LOOKUP_F_REPLACE),
+                )
+            } == 0;
+        // SAFETY: `sk` is held, and is not used after this.
+        unsafe {
+            bpf_sk_release(sk.cast());
+        }
+        if assigned {
+            return true;
+        }
     }
-    let assigned = accepts(&bound_address(sk), from_inside != 0)
-        // SAFETY: the program's own context and a socket that it holds.
-        && unsafe {
-            bpf_sk_assign(
-                context.cast(),
-                sk.cast(),
-                u64::from(BPF_SK_LOOKUP_F_REPLACE),
-            )
-        } == 0;
-    // SAFETY: `sk` is held, and is not used after this.
-    unsafe {
-        bpf_sk_release(sk.cast());
-    }
-    assigned.into()
+    false
 }
