@@ -10,8 +10,11 @@ const TOOLCHAIN: &str = "interceptor-bpf";
 
 fn main() -> anyhow::Result<()> {
     let out = PathBuf::from(env::var_os("OUT_DIR").context("cargo sets OUT_DIR")?);
-    // TARGET/PROFILE/build/PACKAGE/out
-    let target = out.ancestors().nth(4).context("OUT_DIR is too short")?;
+    // TARGET/PROFILE/build/PACKAGE/out, or TARGET/TRIPLE/PROFILE/...
+    let mut target = out.ancestors().nth(4).context("OUT_DIR is too short")?;
+    if target.file_name() == env::var_os("TARGET").as_deref() {
+        target = target.parent().context("OUT_DIR is too short")?;
+    }
     // SAFETY: a build script has one thread here.
     unsafe {
         // One for all profiles and for clippy, so that core is compiled once.

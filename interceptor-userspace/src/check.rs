@@ -108,7 +108,7 @@ impl Check {
 
 /// Checks the machine and, if given, what is in the way of one pod.
 pub fn check(cgroup: Option<&Cgroup>, netns: Option<&Netns>) -> Vec<Check> {
-    let mut checks = vec![capabilities(), cgroup_v2(), bpffs(), memlock()];
+    let mut checks = vec![capabilities(), cgroup_v2(), bpffs(), btf(), memlock()];
     checks.extend(programs());
     checks.extend(maps());
     checks.extend(helpers());
@@ -174,6 +174,19 @@ fn bpffs() -> Check {
             format!("not mounted at {path}"),
             format!("attach mounts it; to do it yourself: mount -t bpf bpf {path}"),
         )
+    }
+}
+
+fn btf() -> Check {
+    let name = "BTF";
+    match datapath::check_kernel_types() {
+        Ok(()) => Check::pass(name, "has every field of the kernel that the programs read"),
+        Err(error) => Check::not(
+            Outcome::Fail,
+            name,
+            describe(&error),
+            "use a kernel with CONFIG_DEBUG_INFO_BTF",
+        ),
     }
 }
 
@@ -348,10 +361,7 @@ fn object() -> Vec<Check> {
                 .next()
                 .unwrap_or_default()
                 .to_owned(),
-            match error {
-                Error::Btf { .. } => "use a kernel with CONFIG_DEBUG_INFO_BTF",
-                _ => "if it is ENOMEM or EPERM on a kernel before 5.11: ulimit -l unlimited",
-            },
+            "if it is ENOMEM or EPERM on a kernel before 5.11: ulimit -l unlimited",
         )],
     }
 }

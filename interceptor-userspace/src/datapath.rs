@@ -11,7 +11,9 @@ mod routes;
 mod view;
 
 pub use attach::{Attached, Request, attach, detach, need_root};
-pub use object::{ForeignProgram, LogLevel, ProgramSize, foreign_programs, load_only};
+pub use object::{
+    ForeignProgram, LogLevel, ProgramSize, check_kernel_types, foreign_programs, load_only,
+};
 pub use pins::{DEFAULT_ROOT, Pins};
 pub use view::{
     ChainView, EventView, LinkView, ListenerView, PodView, RuleView, chains, pods, view,

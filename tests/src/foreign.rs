@@ -245,7 +245,7 @@ fn load(
     // SAFETY: the union's member that this command reads.
     let place = unsafe { &mut attr.__bindgen_anon_3.prog_name };
     for (place, byte) in place.iter_mut().take(15).zip(name.bytes()) {
-        *place = byte.cast_signed();
+        *place = libc::c_char::from_ne_bytes([byte]);
     }
     bpf_fd(bpf_cmd::BPF_PROG_LOAD, &mut attr)
 }

@@ -620,6 +620,57 @@ fn wrong_settings_are_refused() -> Result<()> {
     wrong.assert_unharmed()
 }
 
+/// A kernel that is too old, or was built otherwise, as far as one can be had:
+/// without its types.
+#[test]
+fn a_kernel_without_types_is_refused() -> Result<()> {
+    let wrong = Wrong::new()?;
+    let hidden = |command: &Command| {
+        let mut unshare = Command::new("unshare");
+        unshare
+            .args(["-m", "sh", "-c"])
+            .arg("mount -t tmpfs none /sys/kernel/btf && exec \"$@\"")
+            .arg("sh")
+            .arg(command.get_program())
+            .args(command.get_args());
+        unshare
+    };
+    let missing = ["/sys/kernel/btf/vmlinux", "CONFIG_DEBUG_INFO_BTF"];
+    assert_refused(
+        &mut hidden(&wrong.cli.attach_command(&wrong.pod)?),
+        &missing,
+    )?;
+    wrong.assert_unharmed()?;
+    let mut check = wrong.cli.command()?;
+    check.args(["check", "-o", "json"]);
+    let output = hidden(&check).output().context("run the check")?;
+    ensure!(output.status.code() == Some(1), "{output:?}");
+    let checks: Value = serde_json::from_slice(&output.stdout)?;
+    let of = |name: &str| {
+        let mut checks = checks.as_array().into_iter().flatten();
+        checks.find(|check| check["name"] == name).cloned()
+    };
+    let btf = of("BTF").context("no check of BTF")?;
+    ensure!(btf["outcome"] == "fail", "{btf}");
+    ensure!(
+        btf["fix"]
+            .as_str()
+            .is_some_and(|fix| fix.contains(missing[1])),
+        "{btf}"
+    );
+    // With nothing hidden it passes.
+    let checks = run_json(&mut check)?;
+    ensure!(
+        checks
+            .as_array()
+            .into_iter()
+            .flatten()
+            .all(|check| check["outcome"] != "fail"),
+        "{checks}"
+    );
+    Ok(())
+}
+
 #[test]
 fn without_root_it_says_so() -> Result<()> {
     let wrong = Wrong::new()?;
@@ -751,6 +802,7 @@ fn json_has_the_documented_fields() -> Result<()> {
                 "pod",
                 "proxy_gids",
                 "proxy_uids",
+                "refusal",
                 "routes"
             ],
         "{status}"

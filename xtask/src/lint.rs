@@ -1,5 +1,6 @@
 //! `cargo xtask lint`: the format, clippy for the host and for the kernel
-//! programs, and the documentation. A warning is an error.
+//! programs, the documentation, and whether it all compiles for other machines.
+//! A warning is an error.
 
 use std::{process::Command, time::Instant};
 
@@ -35,7 +36,7 @@ pub(crate) fn run() -> Result<()> {
     Ok(())
 }
 
-fn checks() -> [(&'static str, Command); 4] {
+fn checks() -> [(&'static str, Command); 6] {
     let mut clippy = cargo(&["clippy"]);
     clippy
         .args(HOST)
@@ -52,7 +53,34 @@ fn checks() -> [(&'static str, Command); 4] {
         ("clippy", clippy),
         ("clippy for the kernel programs", kernel_clippy()),
         ("documentation", documentation),
+        ("check for aarch64", aarch64_check()),
+        ("check of big-endian kernel programs", big_endian_check()),
     ]
+}
+
+/// Everything for the host, for another architecture. Its standard library is
+/// compiled from source: nothing has to be installed for it.
+fn aarch64_check() -> Command {
+    let mut command = toolchain::command_of("cargo");
+    command
+        .args(["check", "--all-targets", "-Z", "build-std"])
+        .args(HOST)
+        .args(["--target", "aarch64-unknown-linux-gnu"])
+        .env("RUSTC_BOOTSTRAP", "1")
+        .env("RUSTFLAGS", "-D warnings");
+    command
+}
+
+/// The kernel programs for a machine of the other byte order.
+fn big_endian_check() -> Command {
+    let mut command = toolchain::command_of("cargo");
+    command
+        .args(["check", "--package", "interceptor-ebpf", "--bins"])
+        .args(["--release", "--target", "bpfeb-unknown-none"])
+        .args(["-Z", "build-std=core"])
+        .env("RUSTC_BOOTSTRAP", "1")
+        .env("RUSTFLAGS", "--cfg=bpf_target_arch=\"s390x\" -D warnings");
+    command
 }
 
 /// Clippy as the kernel programs are built: for their own target, with core

@@ -108,6 +108,7 @@ pub(crate) fn demo(wanted: &[Wanted], arguments: Vec<String>) -> Result<ExitCode
         name: "demo".to_owned(),
         program: programs.binary("interceptor-demo")?.to_owned(),
         arguments,
+        is_suite: false,
     }];
     run(wanted, &programs, &jobs)
 }
@@ -125,6 +126,7 @@ pub(crate) fn outputs(wanted: &[Wanted], arguments: &[&str]) -> Result<Vec<(Stri
         name: format!("interceptor {}", arguments.join(" ")),
         program: programs.binary("interceptor")?.to_owned(),
         arguments: arguments.iter().copied().map(str::to_owned).collect(),
+        is_suite: false,
     }];
     let outcomes = boot_all(wanted, &programs, &jobs, false)?;
     if outcomes.iter().any(|outcome| !outcome.report.succeeded()) {
@@ -169,6 +171,7 @@ pub(crate) fn test(wanted: &[Wanted], arguments: &[String]) -> Result<ExitCode> 
             name: name.clone(),
             program: program.clone(),
             arguments: arguments.clone(),
+            is_suite: true,
         })
         .collect();
     run(wanted, &programs, &jobs)

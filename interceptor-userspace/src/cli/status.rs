@@ -106,6 +106,15 @@ fn print_view(view: &PodView) -> anyhow::Result<()> {
     );
     row("handshakes in flight", view.handshakes.to_string());
     row("routes known", view.routes.to_string());
+    if view.refusal != "ECONNREFUSED" {
+        row(
+            "connects without memory",
+            format!(
+                "fail with {} (this kernel has no bpf_set_retval)",
+                view.refusal
+            ),
+        );
+    }
     row(
         "programs",
         view.links

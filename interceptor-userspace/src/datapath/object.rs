@@ -13,6 +13,7 @@ use aya_obj::generated::bpf_attach_type::{
     BPF_CGROUP_INET6_CONNECT, BPF_CGROUP_INET6_GETPEERNAME, BPF_CGROUP_SOCK_OPS, BPF_SK_LOOKUP,
 };
 
+use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
 use serde::Serialize;
 
 use super::{bpf::Link, kernel_types::Offsets};
@@ -100,6 +101,7 @@ pub(crate) struct Object(Ebpf);
 impl Object {
     /// Loads the programs and creates their maps.
     pub(crate) fn load(netns: NetnsId, log_level: LogLevel) -> Result<Self> {
+        raise_locked_memory();
         let offsets = Offsets::of_running_kernel()?;
         let level = log_level as u8;
         #[expect(
@@ -242,6 +244,15 @@ pub fn foreign_programs(cgroup: &Cgroup) -> Vec<ForeignProgram> {
         .collect()
 }
 
+/// Whether the running kernel tells of all its types that the programs need.
+///
+/// # Errors
+///
+/// If it doesn't.
+pub fn check_kernel_types() -> Result<()> {
+    Offsets::of_running_kernel().map(drop)
+}
+
 /// What a program costs.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct ProgramSize {
@@ -322,8 +333,21 @@ fn program_name(id: u32) -> Option<String> {
         .map(str::to_owned)
 }
 
-/// Whether connect programs can say with which error connect() fails.
-fn has_set_retval() -> bool {
+/// Lets this process lock as much memory as it may: before Linux 5.11 maps and
+/// programs count as locked.
+fn raise_locked_memory() {
+    let resource = Resource::RLIMIT_MEMLOCK;
+    let Ok((_, most)) = getrlimit(resource) else {
+        return;
+    };
+    // Where it is too little, loading fails and says so.
+    let _ = setrlimit(resource, RLIM_INFINITY, RLIM_INFINITY)
+        .or_else(|_| setrlimit(resource, most, most));
+}
+
+/// Whether connect programs can say with which error connect() fails
+/// (`bpf_set_retval`, Linux 5.18).
+pub(crate) fn has_set_retval() -> bool {
     is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_set_retval)
         .unwrap_or(false)
 }

@@ -20,7 +20,7 @@ use serde::Serialize;
 use super::{
     attach::need_root,
     bpf::{Link, LinkTarget},
-    object::{LINKS, MAPS},
+    object::{LINKS, MAPS, has_set_retval},
     pins::{Pins, link_pin, map_pin},
     plain::Plain,
 };
@@ -71,6 +71,10 @@ pub struct PodView {
     pub handshakes: usize,
     /// How many routes are known.
     pub routes: usize,
+    /// With which error a redirected connect() fails for want of memory:
+    /// `ECONNREFUSED`, or `EPERM` where the kernel has no `bpf_set_retval`
+    /// (before Linux 5.18).
+    pub refusal: &'static str,
     /// What happened beside the rules' decisions.
     pub events: Vec<EventView>,
 }
@@ -169,6 +173,11 @@ pub fn view(pins: &Pins, pod: &PodName) -> Result<PodView> {
         },
         handshakes: handshakes.keys().count(),
         routes: routes.keys().count(),
+        refusal: if has_set_retval() {
+            "ECONNREFUSED"
+        } else {
+            "EPERM"
+        },
         events: Event::ALL
             .into_iter()
             .map(|event| EventView {

@@ -12,7 +12,17 @@ pub(super) struct Job {
     pub(super) name: String,
     pub(super) program: PathBuf,
     pub(super) arguments: Vec<String>,
+    /// Whether it is a suite, which leaves out [`OPTIONAL`] tests.
+    pub(super) is_suite: bool,
 }
+
+/// Files that a kernel has if it was built with a feature that Interceptor does
+/// without, the feature, and parts of the names of its tests.
+const OPTIONAL: [(&str, &str, [&str; 2]); 1] = [(
+    "/proc/sys/net/mptcp",
+    "MPTCP (CONFIG_MPTCP)",
+    ["mptcp", "multipath"],
+)];
 
 /// What begins a report: words that nothing else prints.
 ///
@@ -43,7 +53,6 @@ mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 mount -t bpf bpf /sys/fs/bpf
-ulimit -l unlimited
 ulimit -n 1048576
 ip link set lo up
 cd /tmp
@@ -56,12 +65,25 @@ pub(super) fn script(jobs: &[Job], token: &str, modules: &Modules) -> String {
         script += &format!("insmod {MODULES}/{name}.ko\n");
     }
     // From here on the report says what failed.
-    script += &format!("set +e\necho {token} ready\n");
+    script += &format!("set +e\necho {token} ready\nSKIP=\n");
+    if jobs.iter().any(|job| job.is_suite) {
+        for (file, feature, tests) in OPTIONAL {
+            script += &format!(
+                "[ -e {file} ] || {{ SKIP=\"$SKIP --skip {}\"; \
+                 echo 'vm: this kernel lacks {feature}: not run are tests {}'; }}\n",
+                tests.join(" --skip "),
+                tests.join(", "),
+            );
+        }
+    }
     for (number, job) in jobs.iter().enumerate() {
         script += &quoted(&job.program.display().to_string());
         for argument in &job.arguments {
             script += " ";
             script += &quoted(argument);
+        }
+        if job.is_suite {
+            script += " $SKIP";
         }
         script += &format!(" < /dev/null\necho {token} job {number} $?\n");
     }
@@ -195,6 +217,7 @@ mod tests {
                 name: name.to_owned(),
                 program: format!("/target/{name}").into(),
                 arguments: vec!["it's".to_owned()],
+                is_suite: name == "cases",
             })
             .to_vec()
     }
@@ -279,7 +302,8 @@ mod tests {
         let script = script(&jobs(), "token", &modules);
         for line in [
             "insmod /modules/veth.ko",
-            r"'/target/cases' 'it'\''s' < /dev/null",
+            r"'/target/cases' 'it'\''s' $SKIP < /dev/null",
+            r"'/target/sockets' 'it'\''s' < /dev/null",
             "echo token job 1 $?",
             "echo token end",
         ] {

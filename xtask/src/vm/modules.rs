@@ -30,6 +30,9 @@ const NEEDED: [&str; 15] = [
     "xt_tcpudp",
 ];
 
+/// Those that newer kernels have within another of [`NEEDED`].
+const MERGED: [&str; 1] = ["nft_counter"];
+
 /// Modules to load, and those that the kernel doesn't have.
 #[derive(Debug)]
 pub(super) struct Modules {
@@ -62,9 +65,10 @@ pub(super) fn collect(kernel: &Kernel) -> Result<Modules> {
         .filter_map(|line| name(Path::new(line)))
         .collect();
     let mut contents = HashMap::new();
-    let order = order(&NEEDED, |name| {
+    let needed: Vec<&str> = NEEDED.into_iter().chain(MERGED).collect();
+    let order = order(&needed, |name| {
         let Some(path) = files.get(name) else {
-            if !built_in.iter().any(|built_in| built_in == name) {
+            if !built_in.iter().any(|built_in| built_in == name) && !MERGED.contains(&name) {
                 modules.missing.push(name.to_owned());
             }
             return Ok(None);
