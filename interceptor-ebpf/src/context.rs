@@ -4,7 +4,7 @@
 use core::{arch::asm, mem::offset_of, ptr::addr_of_mut};
 
 use aya_ebpf::bindings::{bpf_sk_lookup, bpf_sock, bpf_sock_addr, bpf_sock_ops};
-use interceptor_common::conn::{Address, Endpoint};
+use interceptor_common::conn::{Address, Endpoint, TCP};
 
 pub(crate) const AF_INET: u32 = 2;
 pub(crate) const AF_INET6: u32 = 10;
@@ -61,6 +61,16 @@ macro_rules! read_v6 {
             word::<{ offset_of!($type, $field) + 12 }, $type>($context),
         ])
     };
+}
+
+/// The same number, but unknown to the verifier.
+///
+/// The verifier walks what follows a decision again for each number that it
+/// knows the rule to have; one that it doesn't know it walks with once.
+/// `protocol` is the context's, which was checked to be TCP, read again.
+#[inline(always)]
+pub(crate) fn unknown_to_verifier(number: u32, protocol: u32) -> u32 {
+    number ^ protocol ^ TCP
 }
 
 /// The destination that an `AF_INET` connect() asks for.

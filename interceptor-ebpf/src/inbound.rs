@@ -20,7 +20,7 @@ use interceptor_common::{
 };
 
 use crate::{
-    context::{bound_address, looked_up, read},
+    context::{bound_address, looked_up, read, unknown_to_verifier},
     listeners::proxy_port,
     maps::{self, handshakes},
 };
@@ -49,7 +49,7 @@ fn from_outside(
     local: Endpoint,
     remote: Endpoint,
 ) -> u32 {
-    let decision = inbound(
+    let mut decision = inbound(
         settings,
         &InboundFacts {
             protocol: TCP,
@@ -57,6 +57,7 @@ fn from_outside(
             from_inside: false,
         },
     );
+    decision.rule = unknown_to_verifier(decision.rule, read!(ctx.lookup, protocol));
     maps::count_decision(Chain::Inbound, &decision);
     debug!(
         ctx,

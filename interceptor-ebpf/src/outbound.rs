@@ -22,7 +22,7 @@ use interceptor_common::{
 
 use crate::{
     context::{
-        AF_INET, SockAddrIn, SockAddrIn6, asked_v4, asked_v6, bound, ends, read, set_v4, set_v6,
+        AF_INET, SockAddrIn, SockAddrIn6, asked_v4, asked_v6, bound, ends, read, set_v4, set_v6, unknown_to_verifier,
     },
     kernel, listeners,
     maps::{self, handshakes, origins},
@@ -150,7 +150,8 @@ fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Connect {
             over_loopback,
             owner: kernel::owner(sock),
         };
-        let decision = output(settings, &facts);
+        let mut decision = output(settings, &facts);
+        decision.rule = unknown_to_verifier(decision.rule, read!(ctx.sock_addr, protocol));
         if !unreachable {
             maps::count_decision(Chain::Output, &decision);
         }
