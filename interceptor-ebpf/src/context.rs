@@ -1,9 +1,16 @@
 //! Reading the contexts that the kernel hands to programs: one field at a time,
 //! each with its byte order made plain.
 
-use core::{arch::asm, mem::offset_of, ptr::addr_of_mut};
+use core::{
+    arch::asm,
+    mem::offset_of,
+    ptr::{addr_of_mut, from_mut, from_ref},
+};
 
-use aya_ebpf::bindings::{bpf_sk_lookup, bpf_sock, bpf_sock_addr, bpf_sock_ops};
+use aya_ebpf::{
+    bindings::{bpf_sk_lookup, bpf_sock, bpf_sock_addr, bpf_sock_ops},
+    helpers::generated::bpf_probe_read_kernel,
+};
 use interceptor_common::conn::{Address, Endpoint, TCP};
 
 pub(crate) const AF_INET: u32 = 2;
@@ -71,6 +78,20 @@ macro_rules! read_v6 {
 #[inline(always)]
 pub(crate) fn unknown_to_verifier(number: u32, protocol: u32) -> u32 {
     number ^ protocol ^ TCP
+}
+
+/// Has the verifier forget what it knows of a value on the stack, so that it
+/// walks what follows once, and not for each way in which the value came about.
+#[inline(always)]
+pub(crate) fn forget<T>(value: &mut T) {
+    // SAFETY: copies the value onto itself.
+    unsafe {
+        bpf_probe_read_kernel(
+            from_mut(value).cast(),
+            size_of::<T>() as u32,
+            from_ref(value).cast(),
+        );
+    }
 }
 
 /// The destination that an `AF_INET` connect() asks for.

@@ -2,7 +2,7 @@
 
 use aya_ebpf::{
     bindings::{
-        BPF_SK_LOOKUP_F_REPLACE,
+        BPF_SK_LOOKUP_F_REPLACE, bpf_sk_lookup,
         sk_action::{SK_DROP, SK_PASS},
     },
     helpers::generated::{bpf_sk_assign, bpf_sk_release},
@@ -25,6 +25,16 @@ use crate::{
     maps::{self, handshakes},
 };
 
+/// What a new connection gets.
+enum Choice {
+    /// What the kernel's own look-up finds.
+    Kernels,
+    /// Nothing: it is refused.
+    Nothing,
+    /// A listener of the proxy.
+    Listener(ProxyPort),
+}
+
 #[sk_lookup]
 pub(crate) fn find_listener(ctx: SkLookupContext) -> u32 {
     if read!(ctx.lookup, protocol) != TCP {
@@ -34,11 +44,28 @@ pub(crate) fn find_listener(ctx: SkLookupContext) -> u32 {
         return SK_DROP;
     };
     let (local, remote) = looked_up(ctx.lookup);
-    if matches!(maps::route(&remote.address), Some(route) if route.is(RouteKind::Local)) {
-        from_inside(&ctx, settings, local, remote)
+    let inside =
+        matches!(maps::route(&remote.address), Some(route) if route.is(RouteKind::Local));
+    let choice = if inside {
+        from_inside(settings, local, remote)
     } else {
         from_outside(&ctx, settings, local, remote)
+    };
+    let port = match choice {
+        Choice::Kernels => return SK_PASS,
+        Choice::Nothing => return SK_DROP,
+        Choice::Listener(port) => port,
+    };
+    // With no listener known, the kernel's own look-up decides on a connection
+    // from inside: it refuses, or finds one that can't be registered.
+    if assign(&ctx, port, inside) || inside {
+        return SK_PASS;
     }
+    // To the kernel another program's choice counts for more than a refusal,
+    // and a refusal can't take it back.
+    maps::count(Event::NoInboundListener);
+    warn!(ctx, "refused, no proxy listens: port {}", local.port);
+    SK_DROP
 }
 
 /// A connection that arrives: `ISTIO_INBOUND`.
@@ -48,7 +75,7 @@ fn from_outside(
     settings: &Settings,
     local: Endpoint,
     remote: Endpoint,
-) -> u32 {
+) -> Choice {
     let mut decision = inbound(
         settings,
         &InboundFacts {
@@ -66,72 +93,69 @@ fn from_outside(
         local.port,
         decision.rule
     );
-    if decision.verdict == Verdict::Direct || assign(ctx, ProxyPort::Inbound, false) {
-        return SK_PASS;
+    if decision.verdict == Verdict::Direct {
+        Choice::Kernels
+    } else {
+        Choice::Listener(ProxyPort::Inbound)
     }
-    // To the kernel another program's choice counts for more than a refusal,
-    // and a refusal can't take it back.
-    maps::count(Event::NoInboundListener);
-    warn!(ctx, "refused, no proxy listens: port {}", local.port);
-    SK_DROP
 }
 
 /// A connection of the pod with itself: `ISTIO_OUTPUT` has decided, and here
 /// it finds the proxy whichever local address that listens on.
 #[inline(always)]
-fn from_inside(
-    ctx: &SkLookupContext,
-    settings: &Settings,
-    local: Endpoint,
-    remote: Endpoint,
-) -> u32 {
+fn from_inside(settings: &Settings, local: Endpoint, remote: Endpoint) -> Choice {
     let Some(port) = proxy_port(settings, local.port) else {
-        return SK_PASS;
+        return Choice::Kernels;
     };
     let handshake = Handshake {
         client: remote,
         proxy: local,
     };
     if handshakes::get(&handshake).is_some() {
-        // With no listener known, the kernel's own look-up decides: it refuses,
-        // or finds one that can't be registered.
-        assign(ctx, port, true);
-        SK_PASS
+        Choice::Listener(port)
     } else if is_proxy_address_v4(&local.address) {
         // Its original destination is lost.
-        SK_DROP
+        Choice::Nothing
     } else {
-        SK_PASS
+        Choice::Kernels
     }
 }
 
 /// Gives the connection to a listener of the proxy; false if there is none.
+#[inline(always)]
+fn assign(ctx: &SkLookupContext, port: ProxyPort, from_inside: bool) -> bool {
+    (0..SLOTS).any(|slot| {
+        assign_slot(ctx.lookup, port.first_slot() + slot, from_inside.into()) != 0
+    })
+}
+
+/// Gives the connection to the listener in a slot; 0 if there is none, or if it
+/// is for others.
 ///
 /// Replaces another program's choice: REDIRECT also comes before any look-up
 /// of a socket.
-#[inline(always)]
-fn assign(ctx: &SkLookupContext, port: ProxyPort, from_inside: bool) -> bool {
-    for slot in 0..SLOTS {
-        let sk = maps::listeners::get(port.first_slot() + slot);
-        if sk.is_null() {
-            continue;
-        }
-        let assigned = accepts(&bound_address(sk), from_inside)
-            // SAFETY: the program's own context and a socket that it holds.
-            && unsafe {
-                bpf_sk_assign(
-                    ctx.lookup.cast(),
-                    sk.cast(),
-                    u64::from(BPF_SK_LOOKUP_F_REPLACE),
-                )
-            } == 0;
-        // SAFETY: `sk` is held, and is not used after this.
-        unsafe {
-            bpf_sk_release(sk.cast());
-        }
-        if assigned {
-            return true;
-        }
+///
+/// A global function, as BPF calls it: the verifier walks it once, and not once
+/// for each slot.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn assign_slot(context: *mut bpf_sk_lookup, slot: u32, from_inside: u32) -> u32 {
+    let sk = maps::listeners::get(slot);
+    if sk.is_null() {
+        return 0;
     }
-    false
+    let assigned = accepts(&bound_address(sk), from_inside != 0)
+        // SAFETY: the program's own context and a socket that it holds.
+        && unsafe {
+            bpf_sk_assign(
+                context.cast(),
+                sk.cast(),
+                u64::from(BPF_SK_LOOKUP_F_REPLACE),
+            )
+        } == 0;
+    // SAFETY: `sk` is held, and is not used after this.
+    unsafe {
+        bpf_sk_release(sk.cast());
+    }
+    assigned.into()
 }

@@ -13,7 +13,7 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::{debug, warn};
 use interceptor_common::{
-    chains::{Chain, OutputFacts, Verdict, output},
+    chains::{Chain, OutputFacts, Owner, Verdict, output},
     config::Settings,
     conn::{Address, Endpoint, Handshake, Role, TCP, is_proxy_address_v4, proxy_address_v4},
     counters::Event,
@@ -22,7 +22,7 @@ use interceptor_common::{
 
 use crate::{
     context::{
-        AF_INET, SockAddrIn, SockAddrIn6, asked_v4, asked_v6, bound, ends, read, set_v4, set_v6, unknown_to_verifier,
+        AF_INET, SockAddrIn, SockAddrIn6, asked_v4, asked_v6, bound, ends, forget, read, set_v4, set_v6, unknown_to_verifier,
     },
     kernel, listeners,
     maps::{self, handshakes, origins},
@@ -42,6 +42,19 @@ enum Connect {
     Redirected,
     /// Fail with `ECONNREFUSED`.
     Refused,
+}
+
+/// What connect() found out before it decides.
+struct Found {
+    destination: Endpoint,
+    source: Address,
+    owner: Option<Owner>,
+    local_port: u16,
+    over_loopback: bool,
+    unreachable: bool,
+    bound_to_any: bool,
+    source_was_chosen: bool,
+    connected_before: bool,
 }
 
 #[cgroup_sock_addr(connect4)]
@@ -135,6 +148,29 @@ fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Connect {
     } else {
         local.address
     };
+    let mut found = Found {
+        destination,
+        source,
+        owner: kernel::owner(sock),
+        local_port: local.port,
+        over_loopback,
+        unreachable,
+        bound_to_any,
+        source_was_chosen,
+        connected_before: previous.is_some(),
+    };
+    forget(&mut found);
+    let Found {
+        destination,
+        source,
+        owner,
+        local_port,
+        over_loopback,
+        unreachable,
+        bound_to_any,
+        source_was_chosen,
+        connected_before,
+    } = found;
 
     let verdict = if destination.address.is_never_reachable()
         || (source.is_v4() && source.is_loopback() && !over_loopback)
@@ -148,7 +184,7 @@ fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Connect {
             source,
             destination: destination.address,
             over_loopback,
-            owner: kernel::owner(sock),
+            owner,
         };
         let mut decision = output(settings, &facts);
         decision.rule = unknown_to_verifier(decision.rule, read!(ctx.sock_addr, protocol));
@@ -173,7 +209,7 @@ fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Connect {
             if source_was_chosen {
                 unbind(ctx.sock_addr, sk, &endpoint.address);
             }
-            if previous.is_some() {
+            if connected_before {
                 origins::forget(sk);
             }
             return Connect::AsAsked;
@@ -207,7 +243,7 @@ fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Connect {
     if bound_to_any {
         if source.is_unspecified() {
             maps::count(Event::SourceNotKept);
-        } else if local.port != 0 || !source.is_v4() {
+        } else if local_port != 0 || !source.is_v4() {
             // A port bound to any address can't be bound again, and bind()
             // would make an AF_INET6 socket IPv6's alone for ever. To the
             // proxy's port on the source address itself, that is the source.
