@@ -58,7 +58,7 @@ pub(crate) fn find_listener(ctx: SkLookupContext) -> u32 {
     };
     // With no listener known, the kernel's own look-up decides on a connection
     // from inside: it refuses, or finds one that can't be registered.
-    if assign(&ctx, port, inside) || inside {
+    if assign(ctx.lookup, port.first_slot(), inside.into()) != 0 || inside {
         return SK_PASS;
     }
     // To the kernel another program's choice counts for more than a refusal,
@@ -84,7 +84,7 @@ fn from_outside(
             from_inside: false,
         },
     );
-    decision.rule = unknown_to_verifier(decision.rule, read!(ctx.lookup, protocol));
+    decision.rule = unknown_to_verifier(decision.rule, read!(ctx.lookup, protocol) ^ TCP);
     maps::count_decision(Chain::Inbound, &decision);
     debug!(
         ctx,
@@ -121,12 +121,17 @@ fn from_inside(settings: &Settings, local: Endpoint, remote: Endpoint) -> Choice
     }
 }
 
-/// Gives the connection to a listener of the proxy; false if there is none.
-#[inline(always)]
-fn assign(ctx: &SkLookupContext, port: ProxyPort, from_inside: bool) -> bool {
-    (0..SLOTS).any(|slot| {
-        assign_slot(ctx.lookup, port.first_slot() + slot, from_inside.into()) != 0
-    })
+/// Gives the connection to the first listener that is for it, of the [`SLOTS`]
+/// from `first_slot` on; 0 if there is none.
+///
+/// A global function, as BPF calls it: the verifier walks it once, whichever way
+/// it is come to.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn assign(context: *mut bpf_sk_lookup, first_slot: u32, from_inside: u32) -> u32 {
+    (0..SLOTS)
+        .any(|slot| assign_slot(context, first_slot + slot, from_inside) != 0)
+        .into()
 }
 
 /// Gives the connection to the listener in a slot; 0 if there is none, or if it
@@ -135,8 +140,7 @@ fn assign(ctx: &SkLookupContext, port: ProxyPort, from_inside: bool) -> bool {
 /// Replaces another program's choice: REDIRECT also comes before any look-up
 /// of a socket.
 ///
-/// A global function, as BPF calls it: the verifier walks it once, and not once
-/// for each slot.
+/// A global function too: it is walked once, and not once for each slot.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn assign_slot(context: *mut bpf_sk_lookup, slot: u32, from_inside: u32) -> u32 {

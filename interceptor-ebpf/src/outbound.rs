@@ -187,7 +187,7 @@ fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Connect {
             owner,
         };
         let mut decision = output(settings, &facts);
-        decision.rule = unknown_to_verifier(decision.rule, read!(ctx.sock_addr, protocol));
+        decision.rule = unknown_to_verifier(decision.rule, read!(ctx.sock_addr, protocol) ^ TCP);
         if !unreachable {
             maps::count_decision(Chain::Output, &decision);
         }
@@ -342,7 +342,10 @@ pub(crate) fn sock_ops(ctx: SockOpsContext) -> u32 {
                 closed(&ctx);
             }
         }
-        TCP_LISTEN_CB => listeners::listening(&ctx),
+        TCP_LISTEN_CB => {
+            let zero = read!(ctx.ops, op) ^ TCP_LISTEN_CB;
+            listeners::listening(&ctx, zero);
+        }
         _ => {}
     }
     1
