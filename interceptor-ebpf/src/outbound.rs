@@ -423,11 +423,10 @@ fn accepted(ctx: &SockOpsContext) {
     let Some(original_destination) = handshakes::get(&key) else {
         return;
     };
-    if origins::set(sk, original_destination, Role::Accepted, 0) {
-        handshakes::remove(&key);
-    } else {
+    if !origins::set(sk, original_destination, Role::Accepted, 0) {
         maps::count(Event::OriginLost);
     }
+    handshakes::remove(&key);
 }
 
 /// The client's socket is closed; if its handshake never came to an end, the
@@ -435,5 +434,9 @@ fn accepted(ctx: &SockOpsContext) {
 #[inline(always)]
 fn closed(ctx: &SockOpsContext) {
     let (client, proxy) = ends(ctx.ops);
-    handshakes::remove(&Handshake { client, proxy });
+    let key = Handshake { client, proxy };
+    // Most often it is not: looking takes no lock.
+    if handshakes::get(&key).is_some() {
+        handshakes::remove(&key);
+    }
 }
