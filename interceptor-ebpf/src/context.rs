@@ -11,7 +11,7 @@ use aya_ebpf::{
     bindings::{bpf_sk_lookup, bpf_sock, bpf_sock_addr, bpf_sock_ops},
     helpers::generated::bpf_probe_read_kernel,
 };
-use interceptor_common::conn::{Address, Endpoint, TCP};
+use interceptor_common::conn::{Address, Endpoint};
 
 pub(crate) const AF_INET: u32 = 2;
 pub(crate) const AF_INET6: u32 = 10;
@@ -70,14 +70,15 @@ macro_rules! read_v6 {
     };
 }
 
-/// The same number, but unknown to the verifier.
+/// The same number, but unknown to the verifier, so that it walks what follows
+/// once, and not for each number that it can be.
 ///
-/// The verifier walks what follows a decision again for each number that it
-/// knows the rule to have; one that it doesn't know it walks with once.
-/// `protocol` is the context's, which was checked to be TCP, read again.
+/// `zero` is a zero that the verifier doesn't know either: a field of a context,
+/// read once more, less the value that it is known to have.
 #[inline(always)]
-pub(crate) fn unknown_to_verifier(number: u32, protocol: u32) -> u32 {
-    number ^ protocol ^ TCP
+pub(crate) fn unknown_to_verifier(number: u32, zero: u32) -> u32 {
+    // Not a sum: the verifier would know that it is at least the number.
+    number ^ zero
 }
 
 /// Has the verifier forget what it knows of a value on the stack, so that it

@@ -57,7 +57,9 @@ pub(crate) fn find_listener(ctx: SkLookupContext) -> u32 {
     };
     // With no listener known, the kernel's own look-up decides on a connection
     // from inside: it refuses, or finds one that can't be registered.
-    if assign(&ctx, port, inside) || inside {
+    let zero = read!(ctx.lookup, protocol) ^ TCP;
+    let first = unknown_to_verifier(port.first_slot(), zero);
+    if assign(&ctx, first, inside) || inside {
         return SK_PASS;
     }
     // To the kernel another program's choice counts for more than a refusal,
@@ -83,7 +85,7 @@ fn from_outside(
             from_inside: false,
         },
     );
-    decision.rule = unknown_to_verifier(decision.rule, read!(ctx.lookup, protocol));
+    decision.rule = unknown_to_verifier(decision.rule, read!(ctx.lookup, protocol) ^ TCP);
     maps::count_decision(Chain::Inbound, &decision);
     debug!(
         ctx,
@@ -120,14 +122,15 @@ fn from_inside(settings: &Settings, local: Endpoint, remote: Endpoint) -> Choice
     }
 }
 
-/// Gives the connection to a listener of the proxy; false if there is none.
+/// Gives the connection to one of the listeners from the slot `first` on; false
+/// if there is none for it.
 ///
 /// Replaces another program's choice: REDIRECT also comes before any look-up
 /// of a socket.
 #[inline(always)]
-fn assign(ctx: &SkLookupContext, port: ProxyPort, from_inside: bool) -> bool {
+fn assign(ctx: &SkLookupContext, first: u32, from_inside: bool) -> bool {
     for slot in 0..SLOTS {
-        let sk = maps::listeners::get(port.first_slot() + slot);
+        let sk = maps::listeners::get(first + slot);
         if sk.is_null() {
             continue;
         }

@@ -9,7 +9,10 @@ use interceptor_common::{
     listeners::{ProxyPort, SLOTS},
 };
 
-use crate::{context::read, kernel, maps};
+use crate::{
+    context::{read, unknown_to_verifier},
+    kernel, maps,
+};
 
 const EEXIST: i64 = 17;
 
@@ -25,9 +28,10 @@ pub(crate) fn proxy_port(settings: &Settings, port: u16) -> Option<ProxyPort> {
     }
 }
 
-/// A socket of the pod's cgroup started to listen.
+/// A socket of the pod's cgroup started to listen. `zero` is one that the
+/// verifier doesn't know.
 #[inline(always)]
-pub(crate) fn listening(ctx: &SockOpsContext) {
+pub(crate) fn listening(ctx: &SockOpsContext, zero: u32) {
     let Some(settings) = maps::settings() else {
         return;
     };
@@ -40,7 +44,8 @@ pub(crate) fn listening(ctx: &SockOpsContext) {
     if sk.is_null() || !kernel::tcp_sock(sk).is_some_and(kernel::in_pod) {
         return;
     }
-    let registered = register(proxy_port, |slot| maps::listeners::insert(slot, ctx.ops));
+    let first = unknown_to_verifier(proxy_port.first_slot(), zero);
+    let registered = register(first, |slot| maps::listeners::insert(slot, ctx.ops));
     if registered {
         info!(ctx, "the proxy listens on port {}", port);
     } else {
@@ -48,12 +53,12 @@ pub(crate) fn listening(ctx: &SockOpsContext) {
     }
 }
 
-/// Puts a listener into the first free slot; `insert` returns 0, or an errno
+/// Puts a listener into the first free slot from `first` on; `insert` returns 0, or an errno
 /// below zero. False if the listener was not registered.
 #[inline(always)]
-fn register(port: ProxyPort, insert: impl Fn(u32) -> i64) -> bool {
+fn register(first: u32, insert: impl Fn(u32) -> i64) -> bool {
     for slot in 0..SLOTS {
-        match insert(port.first_slot() + slot) {
+        match insert(first + slot) {
             0 => return true,
             error if error == -EEXIST => {}
             _ => {

@@ -188,7 +188,7 @@ fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Connect {
             owner,
         };
         let mut decision = output(settings, &facts);
-        decision.rule = unknown_to_verifier(decision.rule, read!(ctx.sock_addr, protocol));
+        decision.rule = unknown_to_verifier(decision.rule, read!(ctx.sock_addr, protocol) ^ TCP);
         if !unreachable {
             maps::count_decision(Chain::Output, &decision);
         }
@@ -343,7 +343,10 @@ pub(crate) fn sock_ops(ctx: SockOpsContext) -> u32 {
                 closed(&ctx);
             }
         }
-        TCP_LISTEN_CB => listeners::listening(&ctx),
+        TCP_LISTEN_CB => {
+            let zero = read!(ctx.ops, op) ^ TCP_LISTEN_CB;
+            listeners::listening(&ctx, zero);
+        }
         _ => {}
     }
     1
@@ -421,11 +424,10 @@ fn accepted(ctx: &SockOpsContext) {
     let Some(original_destination) = handshakes::get(&key) else {
         return;
     };
-    if origins::set(sk, original_destination, Role::Accepted, 0) {
-        handshakes::remove(&key);
-    } else {
+    if !origins::set(sk, original_destination, Role::Accepted, 0) {
         maps::count(Event::OriginLost);
     }
+    handshakes::remove(&key);
 }
 
 /// The client's socket is closed; if its handshake never came to an end, the
@@ -433,5 +435,9 @@ fn accepted(ctx: &SockOpsContext) {
 #[inline(always)]
 fn closed(ctx: &SockOpsContext) {
     let (client, proxy) = ends(ctx.ops);
-    handshakes::remove(&Handshake { client, proxy });
+    let key = Handshake { client, proxy };
+    // Most often it is not: looking takes no lock.
+    if handshakes::get(&key).is_some() {
+        handshakes::remove(&key);
+    }
 }

@@ -76,9 +76,9 @@ pub enum Error {
     Btf {
         /// What was looked for.
         missing: String,
-        /// The reader's error.
+        /// Why it could not be read, if that is the reason.
         #[source]
-        source: Option<btf_rs::Error>,
+        source: Option<io::Error>,
     },
 
     /// A program or map that the kernel refused.

@@ -10,6 +10,7 @@ mod machine;
 mod mode;
 mod pair;
 mod plot;
+mod proxies;
 mod report;
 mod rounds;
 mod signals;
@@ -50,12 +51,15 @@ const FULL_PROCESSES: u32 = 12;
     args_conflicts_with_subcommands = true
 )]
 pub struct Args {
-    /// Under three minutes: the ratios as JSON, by `<path>.<measure>.<mode>`
+    /// Under three minutes: the ratios as JSON, by `<scenario>.<measure>.<mode>`
     #[arg(long, conflicts_with_all = ["full", "seconds", "output", "write_docs"])]
     quick: bool,
     /// All, with 500 pods and 100,000 connections at once
     #[arg(long)]
     full: bool,
+    /// Real proxies too, Envoy and HAProxy, under wrk and sockperf
+    #[arg(long, conflicts_with = "quick")]
+    proxies: bool,
     /// Rounds at most
     #[arg(long, value_name = "N", default_value_t = 60, value_parser = clap::value_parser!(u16).range(1..=500))]
     rounds: u16,
@@ -95,6 +99,9 @@ enum Role {
     /// A server that echoes
     #[command(hide = true)]
     Serve(pair::Forward),
+    /// A server that answers HTTP requests
+    #[command(hide = true)]
+    Http(proxies::Http),
 }
 
 /// Does what the arguments say.
@@ -107,6 +114,7 @@ pub fn run(args: &Args) -> Result<()> {
         Some(Role::Worker(arguments)) => worker::run(arguments),
         Some(Role::Forward(arguments)) => pair::forward(arguments),
         Some(Role::Serve(arguments)) => pair::serve(arguments),
+        Some(Role::Http(arguments)) => proxies::http(arguments),
         None => measure(args),
     }
 }
@@ -124,14 +132,17 @@ fn measure(args: &Args) -> Result<()> {
         stages.push(Stage::new(mode, cpu).with_context(|| format!("set {mode} up"))?);
     }
     let seconds = if args.quick { QUICK } else { args.seconds };
-    let data = rounds::run(
+    let mut data = rounds::run(
         &mut stages,
         args.rounds.into(),
         start + Duration::from_secs(seconds),
     )?;
+    if args.proxies {
+        proxies::measure(&mut data)?;
+    }
     let mut report = Report::new(machine, &data);
     for stage in stages.iter_mut().filter(|stage| stage.cli().is_some()) {
-        for path in [Path::Outbound, Path::Inbound] {
+        for path in [Path::Outbound, Path::OutboundV6, Path::Inbound] {
             report.add_hooks(stage.mode, path, hooks::measure(stage, path)?);
         }
     }
@@ -168,6 +179,11 @@ fn attach(args: &Args, report: &mut Report) -> Result<()> {
             say(&format!("attaching {pods}: {mode}"));
             report.attach.push(attach::measure(mode, *pods)?);
         }
+    }
+    if !args.proxies {
+        report
+            .not_measured
+            .push("real proxies (Envoy, HAProxy) under wrk and sockperf: `--proxies`");
     }
     if !args.full {
         report

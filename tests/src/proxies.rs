@@ -46,7 +46,12 @@ impl Kind {
         }
     }
 
-    fn binary(self) -> Result<PathBuf> {
+    /// Its program.
+    ///
+    /// # Errors
+    ///
+    /// If it isn't there.
+    pub(crate) fn binary(self) -> Result<PathBuf> {
         match self {
             Self::Embedded => workspace_binary("interceptor", "INTERCEPTOR_BIN"),
             Self::Envoy => find("envoy", "INTERCEPTOR_ENVOY").context(

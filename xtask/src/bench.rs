@@ -15,6 +15,9 @@ const PROGRAMS: [&str; 3] = ["interceptor", "interceptor-bench", "interceptor-in
 
 const NEEDS: &[Need] = &[Need::Kernel, Need::Ip, Need::Iptables, Need::Bpffs];
 
+/// What `--proxies` needs beside.
+const PROXIES: &[Need] = &[Need::Haproxy, Need::Envoy, Need::LoadGenerators];
+
 /// The benchmark's own flags, which it explains itself (`--help`).
 #[derive(Debug, clap::Args)]
 #[command(disable_help_flag = true)]
@@ -36,6 +39,9 @@ pub(crate) struct Args {
 pub(crate) fn bench(args: &Args) -> Result<()> {
     require_root()?;
     setup::ensure(NEEDS)?;
+    if args.flags.iter().any(|flag| flag == "--proxies") {
+        setup::ensure(PROXIES)?;
+    }
     let programs = PROGRAMS.iter().flat_map(|program| ["--bin", program]);
     run(cargo(&["build", "--release"]).args(HOST).args(programs))?;
     let program = target()?.join("release/interceptor-bench");
@@ -56,7 +62,7 @@ mod tests {
 
     #[test]
     fn the_benchmark_gets_its_flags() {
-        for flags in ["--quick", "--help", "--full -o json --plots dir"] {
+        for flags in ["--quick", "--help", "--full --proxies -o json --plots dir"] {
             let line = Line::try_parse_from(format!("bench {flags}").split(' '));
             assert_eq!(line.unwrap().args.flags.join(" "), flags);
         }

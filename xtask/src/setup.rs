@@ -29,6 +29,8 @@ pub(crate) enum Need {
     Haproxy,
     /// Envoy.
     Envoy,
+    /// wrk and sockperf, which load the real proxies of the benchmark.
+    LoadGenerators,
     /// Virtual machines: QEMU, and what makes guests of packages.
     Qemu,
     /// The file system for what the kernel keeps.
@@ -55,6 +57,7 @@ pub(crate) const ALL: &[Need] = &[
     Need::Bpftool,
     Need::Haproxy,
     Need::Envoy,
+    Need::LoadGenerators,
     Need::Qemu,
     Need::Bpffs,
 ];
@@ -103,6 +106,10 @@ impl Need {
             Self::Haproxy if env::var_os("INTERCEPTOR_HAPROXY").is_some() => Ok(()),
             Self::Haproxy => programs(&["haproxy"], "haproxy"),
             Self::Envoy => envoy::ensure().context("Envoy"),
+            Self::LoadGenerators => {
+                programs(&["wrk"], "wrk")?;
+                programs(&["sockperf"], "sockperf")
+            }
             Self::Qemu => qemu(),
             Self::Bpffs => bpffs().context("a bpf file system at /sys/fs/bpf"),
         }

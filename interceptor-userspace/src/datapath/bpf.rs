@@ -1,8 +1,9 @@
-//! The calls of bpf(2) that aya has no objects for: links of every kind that we
-//! make, in one form, with their pins and what the kernel says of them.
+//! The calls of bpf(2) that aya has no objects for: programs without its loader,
+//! links of every kind that we make, in one form, with their pins and what the
+//! kernel says of them.
 
 use std::{
-    ffi::CString,
+    ffi::{CStr, CString},
     io,
     os::{
         fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
@@ -11,9 +12,13 @@ use std::{
     path::Path,
 };
 
-use aya_obj::generated::{
-    BPF_NOEXIST, bpf_attach_type, bpf_attr, bpf_cmd, bpf_link_info,
-    bpf_link_type::BPF_LINK_TYPE_CGROUP, bpf_link_type::BPF_LINK_TYPE_NETNS,
+use aya_obj::{
+    Function,
+    generated::{
+        BPF_NOEXIST, bpf_attach_type, bpf_attr, bpf_cmd, bpf_link_info,
+        bpf_link_type::{BPF_LINK_TYPE_CGROUP, BPF_LINK_TYPE_NETNS},
+        bpf_prog_info, bpf_prog_type,
+    },
 };
 
 /// A program attached to a cgroup or a network namespace, until this and every
@@ -52,9 +57,7 @@ impl Link {
         attr.link_create.__bindgen_anon_1.prog_fd = fd_number(program);
         attr.link_create.__bindgen_anon_2.target_fd = fd_number(target);
         attr.link_create.attach_type = attach_type as u32;
-        let fd = bpf(bpf_cmd::BPF_LINK_CREATE, &mut attr)?;
-        // SAFETY: the kernel has just made this descriptor for us.
-        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
+        bpf_fd(bpf_cmd::BPF_LINK_CREATE, &mut attr).map(Self)
     }
 
     /// Opens a pinned link.
@@ -83,14 +86,7 @@ impl Link {
     pub(crate) fn info(&self) -> io::Result<LinkInfo> {
         // SAFETY: all zero is a valid value of this plain struct.
         let mut info: bpf_link_info = unsafe { std::mem::zeroed() };
-        let mut attr = zeroed_attr();
-        attr.info.bpf_fd = fd_number(self.0.as_fd());
-        #[expect(clippy::cast_possible_truncation, reason = "a small struct")]
-        {
-            attr.info.info_len = size_of::<bpf_link_info>() as u32;
-        }
-        attr.info.info = (&raw mut info).addr() as u64;
-        bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attr)?;
+        get_info(self.0.as_fd(), &mut info)?;
         // SAFETY: the union's member that the type names.
         let target = unsafe {
             match info.type_ {
@@ -144,7 +140,116 @@ fn get_pinned(path: &Path) -> io::Result<OwnedFd> {
     let path = c_path(path)?;
     let mut attr = zeroed_attr();
     attr.__bindgen_anon_4.pathname = path.as_ptr().addr() as u64;
-    let fd = bpf(bpf_cmd::BPF_OBJ_GET, &mut attr)?;
+    bpf_fd(bpf_cmd::BPF_OBJ_GET, &mut attr)
+}
+
+/// Loads a program's own types (`BPF_BTF_LOAD`).
+pub(crate) fn load_types(types: &[u8]) -> io::Result<OwnedFd> {
+    let mut attr = zeroed_attr();
+    attr.__bindgen_anon_7.btf = types.as_ptr().addr() as u64;
+    attr.__bindgen_anon_7.btf_size = u32::try_from(types.len()).map_err(io::Error::other)?;
+    bpf_fd(bpf_cmd::BPF_BTF_LOAD, &mut attr)
+}
+
+/// Writes the first element of a map (`BPF_MAP_UPDATE_ELEM`), which has the
+/// size of `value`.
+pub(crate) fn write_first(map: BorrowedFd<'_>, value: &[u8]) -> io::Result<()> {
+    let key = 0u32;
+    let mut attr = zeroed_attr();
+    attr.__bindgen_anon_2.map_fd = fd_number(map);
+    attr.__bindgen_anon_2.key = (&raw const key).addr() as u64;
+    attr.__bindgen_anon_2.__bindgen_anon_1.value = value.as_ptr().addr() as u64;
+    bpf(bpf_cmd::BPF_MAP_UPDATE_ELEM, &mut attr).map(drop)
+}
+
+/// Keeps user space from writing to a map (`BPF_MAP_FREEZE`), so that the
+/// verifier takes what is in it for constants.
+pub(crate) fn freeze(map: BorrowedFd<'_>) -> io::Result<()> {
+    let mut attr = zeroed_attr();
+    attr.__bindgen_anon_2.map_fd = fd_number(map);
+    bpf(bpf_cmd::BPF_MAP_FREEZE, &mut attr).map(drop)
+}
+
+/// A program to load.
+pub(crate) struct NewProgram<'a> {
+    pub(crate) name: &'a str,
+    pub(crate) program_type: bpf_prog_type,
+    pub(crate) attach_type: bpf_attach_type,
+    pub(crate) license: &'a CStr,
+    /// Its instructions and what is known of them.
+    pub(crate) function: &'a Function,
+    /// The types that the function's information refers to.
+    pub(crate) types: BorrowedFd<'a>,
+}
+
+/// Loads a program (`BPF_PROG_LOAD`).
+///
+/// # Errors
+///
+/// The kernel's answer, with the verifier's log: the program is loaded once more
+/// for it, because writing it takes time.
+pub(crate) fn load_program(program: &NewProgram<'_>) -> Result<OwnedFd, (io::Error, String)> {
+    let NewProgram { function, .. } = program;
+    let functions = function.func_info.func_info_bytes();
+    let lines = function.line_info.line_info_bytes();
+    let mut attr = zeroed_attr();
+    // SAFETY: the union's member that the command takes.
+    let load = unsafe { &mut attr.__bindgen_anon_3 };
+    for (to, from) in load.prog_name[..15].iter_mut().zip(program.name.bytes()) {
+        *to = libc::c_char::from_ne_bytes([from]);
+    }
+    load.prog_type = program.program_type as u32;
+    load.expected_attach_type = program.attach_type as u32;
+    load.license = program.license.as_ptr().addr() as u64;
+    load.insns = function.instructions.as_ptr().addr() as u64;
+    load.prog_btf_fd = fd_number(program.types);
+    #[expect(clippy::cast_possible_truncation, reason = "a small object")]
+    {
+        load.insn_cnt = function.instructions.len() as u32;
+        load.func_info = functions.as_ptr().addr() as u64;
+        load.func_info_cnt = function.func_info.len() as u32;
+        load.func_info_rec_size = function.func_info_rec_size as u32;
+        load.line_info = lines.as_ptr().addr() as u64;
+        load.line_info_cnt = function.line_info.len() as u32;
+        load.line_info_rec_size = function.line_info_rec_size as u32;
+    }
+    bpf_fd(bpf_cmd::BPF_PROG_LOAD, &mut attr).map_err(|error| {
+        let mut log = vec![0u8; 1 << 20];
+        // SAFETY: as above.
+        let load = unsafe { &mut attr.__bindgen_anon_3 };
+        load.log_level = 1;
+        load.log_buf = log.as_mut_ptr().addr() as u64;
+        load.log_size = 1 << 20;
+        // Fails as it did before; the log is what is wanted.
+        let _: io::Result<OwnedFd> = bpf_fd(bpf_cmd::BPF_PROG_LOAD, &mut attr);
+        let log = CStr::from_bytes_until_nul(&log).unwrap_or_default();
+        (error, log.to_string_lossy().into_owned())
+    })
+}
+
+/// What the kernel says of a program (`BPF_OBJ_GET_INFO_BY_FD`).
+pub(crate) fn program_info(program: BorrowedFd<'_>) -> io::Result<bpf_prog_info> {
+    // SAFETY: all zero is a valid value of this plain struct.
+    let mut info: bpf_prog_info = unsafe { std::mem::zeroed() };
+    get_info(program, &mut info)?;
+    Ok(info)
+}
+
+/// Has the kernel fill in what it says of an object.
+fn get_info<T>(object: BorrowedFd<'_>, info: &mut T) -> io::Result<()> {
+    let mut attr = zeroed_attr();
+    attr.info.bpf_fd = fd_number(object);
+    #[expect(clippy::cast_possible_truncation, reason = "a small struct")]
+    {
+        attr.info.info_len = size_of::<T>() as u32;
+    }
+    attr.info.info = std::ptr::from_mut(info).addr() as u64;
+    bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attr).map(drop)
+}
+
+/// A call of bpf(2) that returns a new descriptor.
+fn bpf_fd(command: bpf_cmd, attr: &mut bpf_attr) -> io::Result<OwnedFd> {
+    let fd = bpf(command, attr)?;
     // SAFETY: the kernel has just made this descriptor for us.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

@@ -1,18 +1,18 @@
 //! Where the running kernel keeps the fields that the programs read: offsets
 //! from its BTF, because Rust has no CO-RE relocations.
+//!
+//! The kernel has some 150,000 types, of which a dozen are wanted. They are
+//! walked once and left where they lie: libraries make an object of each, which
+//! takes several times as long as all the rest of attaching a pod.
 
-use std::fs;
+use std::{collections::BTreeMap, fs, io};
 
-use btf_rs::{Btf, BtfType, Type};
+use bytemuck::{AnyBitPattern, Pod, Zeroable};
 
 use crate::{Error, Result};
 
 /// The kernel's type information.
 const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
-
-/// Offsets in bytes, each with the name of the programs' global.
-#[derive(Debug)]
-pub(crate) struct Offsets(Vec<(&'static str, u32)>);
 
 /// The fields: the global's name, the structure, and the member or the members
 /// on the way to it.
@@ -27,27 +27,34 @@ const FIELDS: [(&str, &str, &str); 8] = [
     ("INET_SOCK_INET_SPORT", "inet_sock", "inet_sport"),
 ];
 
+/// Offsets in bytes, each with the name of the programs' global.
+#[derive(Debug)]
+pub(crate) struct Offsets(Vec<(&'static str, u32)>);
+
 impl Offsets {
     /// Reads them from the running kernel.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel has no type information, or lacks one of the fields.
     pub(crate) fn of_running_kernel() -> Result<Self> {
         let unreadable = |error| Error::Btf {
             missing: "its types".to_owned(),
             source: Some(error),
         };
-        // As a whole: the reader of files seeks for every single type.
-        let bytes = fs::read(VMLINUX).map_err(|error| unreadable(error.into()))?;
-        let btf = Btf::from_bytes(&bytes).map_err(unreadable)?;
+        let bytes = fs::read(VMLINUX).map_err(unreadable)?;
+        let structures = FIELDS.map(|(_, structure, _)| structure);
+        let btf = Btf::parse(&bytes, &structures)
+            .ok_or_else(|| unreadable(io::ErrorKind::InvalidData.into()))?;
         FIELDS
             .into_iter()
             .map(|(global, structure, member)| {
-                let missing = |source| Error::Btf {
-                    missing: format!("{structure}.{member}"),
-                    source,
-                };
-                offset(&btf, structure, member)
-                    .map_err(|error| missing(Some(error)))?
+                btf.offset(structure, member)
                     .map(|offset| (global, offset))
-                    .ok_or_else(|| missing(None))
+                    .ok_or_else(|| Error::Btf {
+                        missing: format!("{structure}.{member}"),
+                        source: None,
+                    })
             })
             .collect::<Result<_>>()
             .map(Self)
@@ -59,61 +66,214 @@ impl Offsets {
     }
 }
 
-/// The offset in bytes of a member, or of a member's member (`a.b`).
-fn offset(btf: &Btf, structure: &str, path: &str) -> Result<Option<u32>, btf_rs::Error> {
-    'candidates: for candidate in btf.resolve_types_by_name(structure)? {
-        let mut bits = 0;
-        let mut current = candidate;
-        for member in path.split('.') {
-            let Type::Struct(structure) = current else {
-                continue 'candidates;
-            };
-            let Some((offset, member)) = find(btf, &structure.members, member)? else {
-                continue 'candidates;
-            };
-            bits += offset;
-            current = resolve(btf, &member)?;
-        }
-        return Ok(Some(bits / 8));
-    }
-    Ok(None)
+// The kinds of types (`BTF_KIND_*` in linux/btf.h).
+const INT: u32 = 1;
+const PTR: u32 = 2;
+const ARRAY: u32 = 3;
+const STRUCT: u32 = 4;
+const UNION: u32 = 5;
+const ENUM: u32 = 6;
+const FWD: u32 = 7;
+const TYPEDEF: u32 = 8;
+const VOLATILE: u32 = 9;
+const CONST: u32 = 10;
+const RESTRICT: u32 = 11;
+const FUNC: u32 = 12;
+const FUNC_PROTO: u32 = 13;
+const VAR: u32 = 14;
+const DATASEC: u32 = 15;
+const FLOAT: u32 = 16;
+const DECL_TAG: u32 = 17;
+const TYPE_TAG: u32 = 18;
+const ENUM64: u32 = 19;
+
+/// `BTF_MAGIC`.
+const MAGIC: u16 = 0xeb9f;
+
+/// How deep structures without a name, or typedefs, may be nested.
+const MAX_DEPTH: usize = 32;
+
+/// `struct btf_header`: the offsets count from its end.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct Header {
+    magic: u16,
+    version: u8,
+    flags: u8,
+    header_len: u32,
+    types_offset: u32,
+    types_len: u32,
+    strings_offset: u32,
+    strings_len: u32,
 }
 
-/// The type of a member, behind its typedefs and qualifiers.
-fn resolve(btf: &Btf, member: &btf_rs::Member) -> Result<Type, btf_rs::Error> {
-    let mut current = btf.resolve_chained_type(member)?;
-    loop {
-        current = match current {
-            Type::Typedef(inner) => btf.resolve_chained_type(&inner)?,
-            Type::Volatile(inner) => btf.resolve_chained_type(&inner)?,
-            Type::Const(inner) => btf.resolve_chained_type(&inner)?,
-            other => return Ok(other),
+/// `struct btf_type`; what else belongs to the type comes after it.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct Type {
+    name: u32,
+    info: u32,
+    /// The size, or the number of the type that this one refers to.
+    size_or_type: u32,
+}
+
+impl Type {
+    const fn kind(self) -> u32 {
+        (self.info >> 24) & 0x1f
+    }
+
+    /// How many members or the like there are.
+    const fn count(self) -> usize {
+        (self.info & 0xffff) as usize
+    }
+
+    /// Whether offsets of members share their word with the size of a bitfield.
+    const fn has_bitfields(self) -> bool {
+        self.info >> 31 == 1
+    }
+
+    /// The bytes that come after; none if the kind isn't known.
+    fn more(self) -> Option<usize> {
+        Some(match self.kind() {
+            PTR | FWD | TYPEDEF | VOLATILE | CONST | RESTRICT | FUNC | FLOAT | TYPE_TAG => 0,
+            INT | VAR | DECL_TAG => 4,
+            ARRAY => 12,
+            STRUCT | UNION | DATASEC | ENUM64 => 12 * self.count(),
+            ENUM | FUNC_PROTO => 8 * self.count(),
+            _ => return None,
+        })
+    }
+}
+
+/// `struct btf_member`.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct Member {
+    name: u32,
+    of_type: u32,
+    offset: u32,
+}
+
+/// Type information as the kernel gives it, with the places of all types.
+struct Btf<'a> {
+    types: &'a [u8],
+    strings: &'a [u8],
+    /// Where in `types` each type begins; the first is number 1.
+    places: Vec<u32>,
+    /// The numbers of the wanted structures: there may be several of a name.
+    structures: BTreeMap<&'static str, Vec<u32>>,
+}
+
+impl<'a> Btf<'a> {
+    /// Walks the types and notes those that are wanted; none if that isn't BTF.
+    fn parse(bytes: &'a [u8], structures: &[&'static str]) -> Option<Self> {
+        let header: Header = read(bytes, 0)?;
+        if header.magic != MAGIC || header.version != 1 {
+            return None;
+        }
+        let part = |offset: u32, length: u32| {
+            let start = (header.header_len as usize).checked_add(offset as usize)?;
+            bytes.get(start..start.checked_add(length as usize)?)
         };
-    }
-}
-
-/// A member and its offset in bits, also within anonymous structs and unions.
-fn find(
-    btf: &Btf,
-    members: &[btf_rs::Member],
-    wanted: &str,
-) -> Result<Option<(u32, btf_rs::Member)>, btf_rs::Error> {
-    for member in members {
-        let anonymous = member.get_name_offset().is_none_or(|offset| offset == 0);
-        if !anonymous && btf.resolve_name(member)? == wanted {
-            return Ok(Some((member.bit_offset(), member.clone())));
+        let mut btf = Self {
+            types: part(header.types_offset, header.types_len)?,
+            strings: part(header.strings_offset, header.strings_len)?,
+            places: Vec::with_capacity(header.types_len as usize / 16),
+            structures: BTreeMap::new(),
+        };
+        let mut place = 0;
+        while place < btf.types.len() {
+            let found: Type = read(btf.types, place)?;
+            btf.places.push(u32::try_from(place).ok()?);
+            let number = u32::try_from(btf.places.len()).ok()?;
+            if found.kind() == STRUCT {
+                for structure in structures {
+                    if btf.is_name(found.name, structure) {
+                        let numbers = btf.structures.entry(structure).or_default();
+                        // The same structure is asked for more than once.
+                        if numbers.last() != Some(&number) {
+                            numbers.push(number);
+                        }
+                    }
+                }
+            }
+            place += size_of::<Type>() + found.more()?;
         }
-        if anonymous {
-            let (Type::Struct(inner) | Type::Union(inner)) = btf.resolve_chained_type(member)?
-            else {
-                continue;
+        Some(btf)
+    }
+
+    /// Whether the string at `offset` is `name`.
+    fn is_name(&self, offset: u32, name: &str) -> bool {
+        self.strings
+            .get(offset as usize..)
+            .and_then(|string| string.strip_prefix(name.as_bytes()))
+            .is_some_and(|rest| rest.first() == Some(&0))
+    }
+
+    fn get(&self, number: u32) -> Option<(usize, Type)> {
+        let place = *self.places.get(number.checked_sub(1)? as usize)? as usize;
+        Some((place, read(self.types, place)?))
+    }
+
+    /// The offset in bytes of a member of a wanted structure, or of a member's
+    /// member (`a.b`).
+    fn offset(&self, structure: &str, path: &str) -> Option<u32> {
+        let candidates = self.structures.get(structure)?;
+        candidates.iter().find_map(|candidate| {
+            let mut bits = 0;
+            let mut current = *candidate;
+            for name in path.split('.') {
+                let (offset, of_type) = self.member(current, name, MAX_DEPTH)?;
+                bits += offset;
+                current = self.resolve(of_type)?;
+            }
+            Some(bits / 8)
+        })
+    }
+
+    /// The offset in bits and the type of a member, also within members without
+    /// a name.
+    fn member(&self, number: u32, name: &str, depth: usize) -> Option<(u32, u32)> {
+        let depth = depth.checked_sub(1)?;
+        let (place, of) = self.get(number)?;
+        if of.kind() != STRUCT && of.kind() != UNION {
+            return None;
+        }
+        let first = place + size_of::<Type>();
+        (0..of.count()).find_map(|index| {
+            let member: Member = read(self.types, first + index * size_of::<Member>())?;
+            let offset = if of.has_bitfields() {
+                member.offset & 0x00ff_ffff
+            } else {
+                member.offset
             };
-            if let Some((offset, found)) = find(btf, &inner.members, wanted)? {
-                return Ok(Some((member.bit_offset() + offset, found)));
+            if self.is_name(member.name, "") {
+                let inner = self.member(self.resolve(member.of_type)?, name, depth)?;
+                Some((offset + inner.0, inner.1))
+            } else {
+                self.is_name(member.name, name)
+                    .then_some((offset, member.of_type))
+            }
+        })
+    }
+
+    /// The type behind typedefs and qualifiers.
+    fn resolve(&self, mut number: u32) -> Option<u32> {
+        for _ in 0..MAX_DEPTH {
+            let (_, found) = self.get(number)?;
+            match found.kind() {
+                TYPEDEF | VOLATILE | CONST | RESTRICT | TYPE_TAG => number = found.size_or_type,
+                _ => return Some(number),
             }
         }
+        None
     }
-    Ok(None)
+}
+
+/// The value at `place`; none if the bytes end before.
+fn read<T: AnyBitPattern>(bytes: &[u8], place: usize) -> Option<T> {
+    let end = place.checked_add(size_of::<T>())?;
+    Some(bytemuck::pod_read_unaligned(bytes.get(place..end)?))
 }
 
 #[cfg(test)]
@@ -133,5 +293,103 @@ mod tests {
         // After two addresses, two ports, the family and the state.
         assert!(get("SOCK_COMMON_SKC_NET") > 16);
         assert_eq!(get("CRED_FSGID"), get("CRED_FSUID") + 4);
+        assert_eq!(
+            library
+                .id_by_type_name_kind(ITERATOR, BtfKind::Func)
+                .unwrap(),
+            types.iterator
+        );
+    }
+
+    /// Type information in the making.
+    #[derive(Default)]
+    struct Builder {
+        types: Vec<u32>,
+        strings: Vec<u8>,
+    }
+
+    impl Builder {
+        fn name(&mut self, name: &str) -> u32 {
+            if self.strings.is_empty() {
+                self.strings.push(0);
+            }
+            if name.is_empty() {
+                return 0;
+            }
+            let offset = self.strings.len().try_into().unwrap();
+            self.strings.extend(name.as_bytes());
+            self.strings.push(0);
+            offset
+        }
+
+        fn add(&mut self, name: &str, kind: u32, info: u32, size_or_type: u32, more: &[u32]) {
+            let name = self.name(name);
+            self.types.extend([name, kind << 24 | info, size_or_type]);
+            self.types.extend(more);
+        }
+
+        fn bytes(&self) -> Vec<u8> {
+            let types: &[u8] = bytemuck::cast_slice(&self.types);
+            let header = Header {
+                magic: MAGIC,
+                version: 1,
+                flags: 0,
+                header_len: size_of::<Header>().try_into().unwrap(),
+                types_offset: 0,
+                types_len: types.len().try_into().unwrap(),
+                strings_offset: types.len().try_into().unwrap(),
+                strings_len: self.strings.len().try_into().unwrap(),
+            };
+            [bytemuck::bytes_of(&header), types, &self.strings].concat()
+        }
+    }
+
+    /// ```c
+    /// typedef const struct { int a; int b; } alias;         // 2, behind 3 and 4
+    /// struct outer { int x : 3; struct { int y; alias z; }; };   // 5 (unnamed), 6
+    /// void function(void);                                   // 7
+    /// ```
+    fn example() -> Vec<u8> {
+        let mut btf = Builder::default();
+        btf.add("int", INT, 0, 4, &[32]);
+        let [a, b] = ["a", "b"].map(|name| btf.name(name));
+        btf.add("", STRUCT, 2, 8, &[a, 1, 0, b, 1, 32]);
+        btf.add("", CONST, 0, 2, &[]);
+        btf.add("alias", TYPEDEF, 0, 3, &[]);
+        let [y, z] = ["y", "z"].map(|name| btf.name(name));
+        btf.add("", STRUCT, 2, 12, &[y, 1, 0, z, 4, 32]);
+        let x = btf.name("x");
+        btf.add("outer", STRUCT, 1 << 31 | 2, 16, &[x, 1, 3 << 24, 0, 5, 32]);
+        btf.add("function", FUNC, 0, 1, &[]);
+        btf.bytes()
+    }
+
+    #[test]
+    fn members_are_found_behind_typedefs_and_in_what_has_no_name() {
+        let bytes = example();
+        let btf = Btf::parse(&bytes, &["outer"]).unwrap();
+        for (path, offset) in [
+            ("x", Some(0)),
+            ("y", Some(4)),
+            ("z", Some(8)),
+            ("z.b", Some(12)),
+            ("b", None),
+            ("y.b", None),
+            ("outer", None),
+        ] {
+            assert_eq!(btf.offset("outer", path), offset, "{path}");
+        }
+        assert_eq!(btf.offset("alias", "a"), None);
+    }
+
+    #[test]
+    fn a_part_is_no_type_information() {
+        let bytes = example();
+        for length in 0..bytes.len() {
+            assert!(Btf::parse(&bytes[..length], &["outer"]).is_none());
+        }
+        let mut other = example();
+        other[0] = 0;
+        assert!(Btf::parse(&other, &["outer"]).is_none());
     }
 }

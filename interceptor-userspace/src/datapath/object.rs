@@ -1,22 +1,39 @@
 //! The kernel object: embedded in this binary, loaded once per pod.
 
-use std::os::fd::{AsFd as _, BorrowedFd};
+use std::{
+    collections::BTreeMap,
+    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
+    thread,
+};
 
 use aya::{
-    Ebpf, EbpfLoader,
-    maps::{Map, MapError},
-    programs::{Program, ProgramError, ProgramType},
+    EbpfError,
+    maps::{Map, MapData, MapError},
+    programs::{ProgramError, ProgramType},
     sys::{BpfHelper, is_helper_supported},
 };
-use aya_obj::generated::bpf_attach_type::{
-    self, BPF_CGROUP_GETSOCKOPT, BPF_CGROUP_INET4_CONNECT, BPF_CGROUP_INET4_GETPEERNAME,
-    BPF_CGROUP_INET6_CONNECT, BPF_CGROUP_INET6_GETPEERNAME, BPF_CGROUP_SOCK_OPS, BPF_SK_LOOKUP,
+use aya_obj::{
+    EbpfSectionKind, VerifierLog,
+    generated::{
+        bpf_attach_type::{
+            self, BPF_CGROUP_GETSOCKOPT, BPF_CGROUP_INET4_CONNECT, BPF_CGROUP_INET4_GETPEERNAME,
+            BPF_CGROUP_INET6_CONNECT, BPF_CGROUP_INET6_GETPEERNAME, BPF_CGROUP_SOCK_OPS,
+            BPF_SK_LOOKUP,
+        },
+        bpf_prog_type::{
+            self, BPF_PROG_TYPE_CGROUP_SOCK_ADDR, BPF_PROG_TYPE_CGROUP_SOCKOPT,
+            BPF_PROG_TYPE_SK_LOOKUP, BPF_PROG_TYPE_SOCK_OPS,
+        },
+    },
 };
 
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
 use serde::Serialize;
 
-use super::{bpf::Link, kernel_types::Offsets};
+use super::{
+    bpf::{self, Link, NewProgram},
+    kernel_types::Offsets,
+};
 use crate::{
     Error, Result,
     pod::{
@@ -43,32 +60,40 @@ pub(crate) const MAPS: [&str; 7] = [
 pub(crate) struct Hook {
     /// The name of the program and of its link's pin.
     pub(crate) program: &'static str,
+    program_type: bpf_prog_type,
     attach_type: bpf_attach_type,
-    to_netns: bool,
 }
 
-const fn cgroup_hook(program: &'static str, attach_type: bpf_attach_type) -> Hook {
+impl Hook {
+    /// Whether it is attached to the network namespace; if not, to the cgroup.
+    fn to_netns(&self) -> bool {
+        self.attach_type as u32 == BPF_SK_LOOKUP as u32
+    }
+}
+
+const fn hook(
+    program: &'static str,
+    program_type: bpf_prog_type,
+    attach_type: bpf_attach_type,
+) -> Hook {
     Hook {
         program,
+        program_type,
         attach_type,
-        to_netns: false,
     }
 }
 
 /// The programs, in the order in which they are attached: connections are
 /// redirected when all that they need is there. Detaching goes the other way.
-pub(crate) const LINKS: [Hook; 7] = [
-    cgroup_hook("sock_ops", BPF_CGROUP_SOCK_OPS),
-    Hook {
-        program: "find_listener",
-        attach_type: BPF_SK_LOOKUP,
-        to_netns: true,
-    },
-    cgroup_hook("getsockopt", BPF_CGROUP_GETSOCKOPT),
-    cgroup_hook("getpeername4", BPF_CGROUP_INET4_GETPEERNAME),
-    cgroup_hook("getpeername6", BPF_CGROUP_INET6_GETPEERNAME),
-    cgroup_hook("connect4", BPF_CGROUP_INET4_CONNECT),
-    cgroup_hook("connect6", BPF_CGROUP_INET6_CONNECT),
+#[rustfmt::skip]
+pub(crate) static LINKS: [Hook; 7] = [
+    hook("sock_ops", BPF_PROG_TYPE_SOCK_OPS, BPF_CGROUP_SOCK_OPS),
+    hook("find_listener", BPF_PROG_TYPE_SK_LOOKUP, BPF_SK_LOOKUP),
+    hook("getsockopt", BPF_PROG_TYPE_CGROUP_SOCKOPT, BPF_CGROUP_GETSOCKOPT),
+    hook("getpeername4", BPF_PROG_TYPE_CGROUP_SOCK_ADDR, BPF_CGROUP_INET4_GETPEERNAME),
+    hook("getpeername6", BPF_PROG_TYPE_CGROUP_SOCK_ADDR, BPF_CGROUP_INET6_GETPEERNAME),
+    hook("connect4", BPF_PROG_TYPE_CGROUP_SOCK_ADDR, BPF_CGROUP_INET4_CONNECT),
+    hook("connect6", BPF_PROG_TYPE_CGROUP_SOCK_ADDR, BPF_CGROUP_INET6_CONNECT),
 ];
 
 /// aya-log's map.
@@ -96,59 +121,50 @@ pub enum LogLevel {
 
 /// The object of one pod, in the kernel but attached to nothing.
 #[derive(Debug)]
-pub(crate) struct Object(Ebpf);
+pub(crate) struct Object {
+    maps: BTreeMap<String, Map>,
+    programs: BTreeMap<&'static str, OwnedFd>,
+}
 
 impl Object {
     /// Loads the programs and creates their maps.
+    ///
+    /// By the library's parts: its loader as a whole would parse all types of
+    /// the kernel, which takes longer than everything else.
     pub(crate) fn load(netns: NetnsId, log_level: LogLevel) -> Result<Self> {
         raise_locked_memory();
         let offsets = Offsets::of_running_kernel()?;
-        let level = log_level as u8;
+        let mut object = aya_obj::Object::parse(OBJECT).map_err(EbpfError::from)?;
         #[expect(
             clippy::cast_possible_truncation,
             reason = "an unsigned int in the kernel"
         )]
         let netns_inode = netns.inode as u32;
-        let has_set_retval = u8::from(has_set_retval());
-        let mut loader = EbpfLoader::new();
-        loader
-            // Nothing in the programs is relocated by the kernel's types.
-            .btf(None)
-            .override_global("NETNS_INODE", &netns_inode, true)
-            .override_global("HAS_SET_RETVAL", &has_set_retval, true)
-            .override_global("AYA_LOG_LEVEL", &level, true);
-        for (global, offset) in offsets.iter() {
-            loader.override_global(global, offset, true);
-        }
-        if log_level == LogLevel::Off {
-            // Nobody writes to it: the least that a ring buffer can have.
-            loader.map_max_entries(LOGS, page_size());
-        }
-        let mut object = Self(loader.load(OBJECT)?);
-        for program in program_names() {
-            object
-                .load_program(program)
-                .map_err(|error| Error::Program {
-                    program,
-                    source: Box::new(error),
-                })?;
-        }
-        Ok(object)
-    }
-
-    fn load_program(&mut self, name: &str) -> Result<(), ProgramError> {
-        match self.0.program_mut(name).expect("it is in the object") {
-            Program::CgroupSockAddr(program) => program.load(),
-            Program::CgroupSockopt(program) => program.load(),
-            Program::SockOps(program) => program.load(),
-            Program::SkLookup(program) => program.load(),
-            _ => unreachable!("the object has no other programs"),
-        }
+        let mut globals = vec![
+            ("NETNS_INODE", netns_inode.to_ne_bytes().to_vec()),
+            ("HAS_SET_RETVAL", vec![u8::from(has_set_retval())]),
+            ("AYA_LOG_LEVEL", vec![log_level as u8]),
+        ];
+        globals.extend(
+            offsets
+                .iter()
+                .map(|(global, offset)| (*global, offset.to_ne_bytes().to_vec())),
+        );
+        let globals = globals
+            .iter()
+            .map(|(name, value)| (*name, (&value[..], true)));
+        object
+            .patch_map_data(globals.collect())
+            .map_err(EbpfError::from)?;
+        let types = load_types(&mut object)?;
+        let maps = create_maps(&mut object, log_level, &types)?;
+        let programs = load_programs(&object, &types)?;
+        Ok(Self { maps, programs })
     }
 
     /// A map, by its name.
     pub(crate) fn map(&self, name: &str) -> &Map {
-        self.0.map(name).expect("it is in the object")
+        self.maps.get(name).expect("it is in the object")
     }
 
     /// The map of the proxy's listeners. (aya's own type for it takes only
@@ -165,25 +181,21 @@ impl Object {
         &'a mut self,
         name: &'static str,
     ) -> Result<T> {
-        self.0
-            .map_mut(name)
+        self.maps
+            .get_mut(name)
             .expect("it is in the object")
             .try_into()
             .map_err(Error::map("opening", name))
     }
 
+    /// A program, by its hook.
+    fn program(&self, hook: &Hook) -> &OwnedFd {
+        &self.programs[hook.program]
+    }
+
     /// Attaches one program.
     pub(crate) fn attach(&self, hook: &Hook, cgroup: &Cgroup, netns: &Netns) -> Result<Link> {
-        let program = self
-            .0
-            .program(hook.program)
-            .expect("it is in the object")
-            .fd()
-            .map_err(|error| Error::Program {
-                program: hook.program,
-                source: Box::new(error),
-            })?;
-        let (target, name) = if hook.to_netns {
+        let (target, name) = if hook.to_netns() {
             (
                 netns.as_fd(),
                 format!("the network namespace {}", netns.given()),
@@ -194,8 +206,9 @@ impl Object {
                 format!("the cgroup {}", cgroup.path().display()),
             )
         };
-        Link::create(program.as_fd(), target, hook.attach_type).map_err(|error| {
-            if !hook.to_netns && error.raw_os_error() == Some(libc::EPERM) {
+        let program = self.program(hook).as_fd();
+        Link::create(program, target, hook.attach_type).map_err(|error| {
+            if !hook.to_netns() && error.raw_os_error() == Some(libc::EPERM) {
                 let owners = exclusive_owners(cgroup, hook.attach_type);
                 if !owners.is_empty() {
                     return Error::Exclusive {
@@ -208,6 +221,104 @@ impl Object {
             Error::system(format!("attaching {} to {name}", hook.program))(error)
         })
     }
+}
+
+/// Loads the object's own types, which describe its maps and functions.
+fn load_types(object: &mut aya_obj::Object) -> Result<OwnedFd> {
+    let features = aya::features().btf();
+    let types = features
+        .and_then(|features| object.fixup_and_sanitize_btf(features).transpose())
+        .transpose()
+        .map_err(EbpfError::from)?
+        .map(aya_obj::btf::Btf::to_bytes)
+        .unwrap_or_default();
+    bpf::load_types(&types).map_err(Error::system("loading the programs' own types"))
+}
+
+/// Creates the maps and tells the programs of them.
+fn create_maps(
+    object: &mut aya_obj::Object,
+    log_level: LogLevel,
+    types: &OwnedFd,
+) -> Result<BTreeMap<String, Map>> {
+    let mut maps = Vec::new();
+    for (name, mut definition) in object.maps.drain() {
+        if name == LOGS && log_level == LogLevel::Off {
+            // Nobody writes to it: the least that a ring buffer can have.
+            definition.set_max_entries(page_size());
+        }
+        let map = MapData::create(definition.clone(), &name, Some(types.as_fd()))
+            .map_err(EbpfError::from)?;
+        let failed = |error| Error::system(format!("filling the map {name}"))(error);
+        if !definition.data().is_empty() {
+            bpf::write_first(map.fd().as_fd(), definition.data()).map_err(failed)?;
+        }
+        if definition.section_kind() == EbpfSectionKind::Rodata {
+            bpf::freeze(map.fd().as_fd()).map_err(failed)?;
+        }
+        maps.push((name, definition, map));
+    }
+    let sections = object
+        .functions
+        .keys()
+        .map(|(section, _)| *section)
+        .collect();
+    object
+        .relocate_maps(
+            maps.iter().map(|(name, definition, map)| {
+                (name.as_str(), map.fd().as_fd().as_raw_fd(), definition)
+            }),
+            &sections,
+        )
+        .and_then(|()| object.relocate_calls(&sections))
+        .map_err(EbpfError::from)?;
+    maps.into_iter()
+        .map(|(name, _, map)| {
+            let map = Map::from_map_data(map).map_err(EbpfError::from)?;
+            Ok((name, map))
+        })
+        .collect()
+}
+
+/// Loads all programs at once: they take the kernel's verifier the most time,
+/// and it verifies on each CPU.
+fn load_programs(
+    object: &aya_obj::Object,
+    types: &OwnedFd,
+) -> Result<BTreeMap<&'static str, OwnedFd>> {
+    thread::scope(|scope| {
+        let loading: Vec<_> = LINKS
+            .iter()
+            .map(|hook| {
+                let load = move || load_program(object, hook, types);
+                (hook.program, scope.spawn(load))
+            })
+            .collect();
+        loading
+            .into_iter()
+            .map(|(name, thread)| Ok((name, thread.join().expect("it doesn't panic")?)))
+            .collect()
+    })
+}
+
+fn load_program(object: &aya_obj::Object, hook: &Hook, types: &OwnedFd) -> Result<OwnedFd> {
+    let program = &object.programs[hook.program];
+    let function = &object.functions[&program.function_key()];
+    bpf::load_program(&NewProgram {
+        name: hook.program,
+        program_type: hook.program_type,
+        attach_type: hook.attach_type,
+        license: &program.license,
+        function,
+        types: types.as_fd(),
+    })
+    .map_err(|(io_error, log)| Error::Program {
+        program: hook.program,
+        source: Box::new(ProgramError::LoadError {
+            io_error,
+            verifier_log: VerifierLog::new(log),
+        }),
+    })
 }
 
 /// A program of someone else's on a hook that we use.
@@ -228,10 +339,9 @@ pub struct ForeignProgram {
 pub fn foreign_programs(cgroup: &Cgroup) -> Vec<ForeignProgram> {
     LINKS
         .iter()
-        .filter(|hook| !hook.to_netns)
+        .filter(|hook| !hook.to_netns())
         .filter_map(|hook| {
-            let (ids, exclusive) =
-                super::bpf::attached_programs(cgroup.as_fd(), hook.attach_type).ok()?;
+            let (ids, exclusive) = bpf::attached_programs(cgroup.as_fd(), hook.attach_type).ok()?;
             Some(ids.into_iter().map(move |id| ForeignProgram {
                 id,
                 name: program_name(id).unwrap_or_default(),
@@ -277,29 +387,18 @@ pub fn load_only() -> Result<Vec<ProgramSize>> {
         inode: 0,
     };
     let object = Object::load(nowhere, LogLevel::Trace)?;
-    program_names()
-        .map(|name| {
-            let info = object
-                .0
-                .program(name)
-                .expect("it is in the object")
-                .info()
-                .map_err(|error| Error::Program {
-                    program: name,
-                    source: Box::new(error),
-                })?;
+    LINKS
+        .iter()
+        .map(|hook| {
+            let info = bpf::program_info(object.program(hook).as_fd())
+                .map_err(Error::system(format!("asking about {}", hook.program)))?;
             Ok(ProgramSize {
-                program: name,
-                verified_instructions: info.verified_instruction_count(),
-                machine_code_bytes: info.size_jitted(),
+                program: hook.program,
+                verified_instructions: Some(info.verified_insns).filter(|count| *count > 0),
+                machine_code_bytes: info.jited_prog_len,
             })
         })
         .collect()
-}
-
-/// All programs of the object.
-fn program_names() -> impl Iterator<Item = &'static str> {
-    LINKS.iter().map(|hook| hook.program)
 }
 
 /// Who keeps others from attaching to `cgroup`: the exclusive programs on it
@@ -308,8 +407,7 @@ fn exclusive_owners(cgroup: &Cgroup, attach_type: bpf_attach_type) -> Vec<String
     cgroup
         .with_ancestors()
         .filter_map(|cgroup| {
-            let (programs, exclusive) =
-                super::bpf::attached_programs(cgroup.as_fd(), attach_type).ok()?;
+            let (programs, exclusive) = bpf::attached_programs(cgroup.as_fd(), attach_type).ok()?;
             exclusive.then(|| {
                 let names: Vec<_> = programs
                     .into_iter()

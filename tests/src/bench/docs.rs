@@ -5,7 +5,6 @@ use std::{fmt::Write as _, fs, path::Path as FilePath};
 use anyhow::{Context as _, Result};
 
 use super::{
-    mode::Path,
     plot,
     report::{Measure, Report},
     stats::Verdict,
@@ -33,24 +32,22 @@ pub(crate) fn write_results(report: &Report, directory: &FilePath) -> Result<()>
     let results = directory.join("results.json");
     fs::write(&results, serde_json::to_string_pretty(report)? + "\n")
         .with_context(|| format!("write {}", results.display()))?;
-    for path in Path::ALL {
+    for scenario in report.scenarios() {
         let measures: Vec<&Measure> = report
             .measures
             .iter()
-            .filter(|measure| measure.path == path.to_string())
+            .filter(|measure| measure.scenario == scenario)
             // What has too much noise for a picture is in the table.
             .filter(|measure| {
                 !["connect_p99", "machine_per_connection", "machine_per_gib"]
                     .contains(&measure.measure)
             })
             .collect();
-        if !measures.is_empty() {
-            plot::draw(
-                &directory.join(format!("{path}.svg")),
-                &format!("{path}: ratio to no interception"),
-                &measures,
-            )?;
-        }
+        plot::draw(
+            &directory.join(format!("{scenario}.svg")),
+            &format!("{scenario}: ratio to no interception"),
+            &measures,
+        )?;
     }
     Ok(())
 }
@@ -107,8 +104,11 @@ fn text(report: &Report) -> Result<String> {
          pod without interception: how far its ratio may be from 1 is the noise, and a \
          difference that isn't surely greater is `none`.\n\n\
          - outbound: the pod's application to 15001. `direct` dials 127.0.0.1:15001, the others 10.77.0.1:8080.\n\
+         - outbound-ipv6: the same over IPv6, [::1]:15001 and [fd00:77::1]:8080.\n\
          - inbound: the peer to 15006, over a cable. `direct` dials 10.77.0.2:15006, the others 10.77.0.2:8080.\n\
-         - pair: an application, its proxy, another pod's proxy and that pod's application, all processes on one CPU.\n\n\
+         - pair: an application, its proxy, another pod's proxy and that pod's application, all processes on one CPU.\n\
+         - envoy, haproxy: real proxies with two threads, and an HTTP server at the peer. `direct` has the \
+         proxy dialled, which is told the server's address; the others dial the server.\n\n\
          Outbound and inbound have the client and the proxy in one thread: it connects, accepts, \
          asks SO_ORIGINAL_DST, and closes. Nothing waits to be woken, so that the time is the work of \
          both sides and of the kernel, on one CPU; of small parts of 20 connections the median counts. \
@@ -124,17 +124,20 @@ fn text(report: &Report) -> Result<String> {
          | cpu_per_connection, cpu_per_gib | CPU time of client and proxy by getrusage, ns |\n\
          | machine_per_connection, machine_per_gib | the whole machine's, by /proc/stat, ns |\n\
          | established_round_trip | 64 bytes there and back, ns |\n\
-         | established_mib_per_second | 64 KiB at a time (more is better) |"
+         | established_mib_per_second | 64 KiB at a time (more is better) |\n\
+         | wrk_requests_per_second, wrk_p99 | wrk with 16 connections that stay open (more is better; ns) |\n\
+         | wrk_close_requests_per_second, wrk_close_p99 | the same with a connection for each request |\n\
+         | sockperf_p50, sockperf_p99 | sockperf's ping-pong over TCP, half a round trip, ns |"
     )?;
     writeln!(text, "\n## Ratios")?;
-    for path in Path::ALL {
+    for scenario in report.scenarios() {
         let measures = report
             .measures
             .iter()
-            .filter(|measure| measure.path == path.to_string());
+            .filter(|measure| measure.scenario == scenario);
         writeln!(
             text,
-            "\n### {path}\n\n![{path}](performance/{path}.svg)\n\n\
+            "\n### {scenario}\n\n![{scenario}](performance/{scenario}.svg)\n\n\
              | measure | mode | median | ratio | 95 % | quartiles | noise | rounds |\n\
              |---|---|--:|--:|---|---|--:|--:|"
         )?;

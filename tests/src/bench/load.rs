@@ -2,8 +2,8 @@
 
 use std::{
     fs,
-    io::{Read as _, Write as _},
-    net::{Ipv4Addr, SocketAddrV4},
+    io::{self, Read as _, Write as _},
+    net::{IpAddr, SocketAddr},
     os::fd::{FromRawFd as _, OwnedFd},
     thread,
     time::{Duration, Instant},
@@ -19,7 +19,7 @@ use nix::{
     unistd::Pid,
 };
 use serde::{Deserialize, Serialize};
-use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+use socket2::{Protocol, SockAddr, Socket, Type};
 
 use super::{
     stats::quantile,
@@ -48,16 +48,16 @@ const BULK: usize = 64 << 10;
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(crate) struct Targets {
     /// The first destination.
-    pub(crate) first: SocketAddrV4,
+    pub(crate) first: SocketAddr,
     /// How many: each has an address of its own, counted on from the first's.
     pub(crate) count: u32,
 }
 
 impl Targets {
     /// One destination.
-    pub(crate) fn one(address: impl Into<Ipv4Addr>, port: u16) -> Self {
+    pub(crate) fn one(address: impl Into<IpAddr>, port: u16) -> Self {
         Self {
-            first: SocketAddrV4::new(address.into(), port),
+            first: SocketAddr::new(address.into(), port),
             count: 1,
         }
     }
@@ -65,8 +65,11 @@ impl Targets {
     fn addresses(&self) -> Vec<SockAddr> {
         (0..self.count)
             .map(|n| {
-                let ip = Ipv4Addr::from(u32::from(*self.first.ip()) + n);
-                SocketAddrV4::new(ip, self.first.port()).into()
+                let ip: IpAddr = match self.first.ip() {
+                    IpAddr::V4(first) => (first.to_bits() + n).to_be_bytes().into(),
+                    IpAddr::V6(first) => (first.to_bits() + u128::from(n)).to_be_bytes().into(),
+                };
+                SocketAddr::new(ip, self.first.port()).into()
             })
             .collect()
     }
@@ -152,7 +155,7 @@ impl Load {
         let mut destinations = to.iter().cycle();
         let parts = in_parts(count, || {
             let destination = destinations.next().context("no destination")?;
-            let client = tcp_socket()?;
+            let client = tcp_socket(destination)?;
             let before = Instant::now();
             client.connect(destination).context("connect")?;
             connects.push(nanoseconds(before.elapsed()));
@@ -167,7 +170,7 @@ impl Load {
     }
 
     fn connect(&self, to: &SockAddr) -> Result<Connection> {
-        let client = tcp_socket()?;
+        let client = tcp_socket(to)?;
         // Bounds connect(), too.
         client.set_write_timeout(Some(FIRST_TRY))?;
         match client.connect(to) {
@@ -189,7 +192,7 @@ impl Load {
             return Ok(None);
         };
         let (accepted, _) = listener.accept().context("accept")?;
-        let origin = accepted.original_dst_v4();
+        let origin = original_destination(&accepted, destination);
         if self.intercepted {
             let origin = origin.context("SO_ORIGINAL_DST")?.as_socket();
             let dialled = destination.as_socket();
@@ -336,20 +339,30 @@ fn summary(parts: Vec<f64>, singles: Vec<f64>) -> Measured {
 fn rate_on(cpu: usize, listener: &Socket, to: &[SockAddr], count: u32) -> Result<()> {
     pin(cpu)?;
     for destination in to.iter().cycle().take(count as usize) {
-        let client = tcp_socket()?;
+        let client = tcp_socket(destination)?;
         client.connect(destination).context("connect")?;
         // Perhaps another thread's connection, and reset by now: the answer
         // isn't looked at.
         let (accepted, _) = listener.accept().context("accept")?;
-        let _ = accepted.original_dst_v4();
+        let _ = original_destination(&accepted, destination);
         client.set_linger(Some(Duration::ZERO))?;
     }
     Ok(())
 }
 
-fn tcp_socket() -> Result<Socket> {
-    let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP));
+fn tcp_socket(to: &SockAddr) -> Result<Socket> {
+    let socket = Socket::new(to.domain(), Type::STREAM, Some(Protocol::TCP));
     socket.context("make a socket")
+}
+
+/// Asks as a proxy does: by its own socket's family, which is that of what the
+/// client dialled.
+fn original_destination(accepted: &Socket, dialled: &SockAddr) -> io::Result<SockAddr> {
+    if dialled.is_ipv4() {
+        accepted.original_dst_v4()
+    } else {
+        accepted.original_dst_v6()
+    }
 }
 
 /// Has the calling thread run on this CPU only.

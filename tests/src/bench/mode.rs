@@ -1,6 +1,9 @@
 //! What is compared: ways of intercepting a pod's connections, and none.
 
-use std::{fmt, net::Ipv4Addr};
+use std::{
+    fmt,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
 
 use anyhow::Result;
 
@@ -9,7 +12,7 @@ use crate::{
     cli::Cli,
     command::run,
     iptables::{self, Flavour},
-    pod::Pod,
+    pod::{PEER_V4, PEER_V6, POD_V4, Pod},
 };
 
 /// A way to intercept a pod's connections, or not to.
@@ -80,6 +83,8 @@ impl fmt::Display for Mode {
 pub(crate) enum Path {
     /// From the pod's application to its proxy's port 15001.
     Outbound,
+    /// The same over IPv6.
+    OutboundV6,
     /// From the peer to the pod's proxy's port 15006.
     Inbound,
     /// From a pod's application through its proxy, and through another pod's
@@ -89,16 +94,28 @@ pub(crate) enum Path {
 
 impl Path {
     /// All of them.
-    pub(crate) const ALL: [Self; 3] = [Self::Outbound, Self::Inbound, Self::Pair];
+    pub(crate) const ALL: [Self; 4] = [Self::Outbound, Self::OutboundV6, Self::Inbound, Self::Pair];
+
+    /// What it is called.
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Outbound => "outbound",
+            Self::OutboundV6 => "outbound-ipv6",
+            Self::Inbound => "inbound",
+            Self::Pair => "pair",
+        }
+    }
 
     /// Where the client connects to.
     pub(crate) fn targets(self, mode: Mode) -> Targets {
-        let (address, port) = match (self, mode.intercepts()) {
-            (Self::Outbound | Self::Pair, false) => (Ipv4Addr::LOCALHOST, 15001),
-            (Self::Outbound, true) => (Ipv4Addr::new(10, 77, 0, 1), 8080),
-            (Self::Inbound, false) => (Ipv4Addr::new(10, 77, 0, 2), 15006),
-            (Self::Inbound, true) => (Ipv4Addr::new(10, 77, 0, 2), 8080),
-            (Self::Pair, true) => (pair::SERVER, pair::APP_PORT),
+        let (address, port): (IpAddr, u16) = match (self, mode.intercepts()) {
+            (Self::Outbound | Self::Pair, false) => (Ipv4Addr::LOCALHOST.into(), 15001),
+            (Self::Outbound, true) => (PEER_V4, 8080),
+            (Self::OutboundV6, false) => (Ipv6Addr::LOCALHOST.into(), 15001),
+            (Self::OutboundV6, true) => (PEER_V6, 8080),
+            (Self::Inbound, false) => (POD_V4, 15006),
+            (Self::Inbound, true) => (POD_V4, 8080),
+            (Self::Pair, true) => (pair::SERVER.into(), pair::APP_PORT),
         };
         Targets::one(address, port)
     }
@@ -119,10 +136,6 @@ impl Path {
 
 impl fmt::Display for Path {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            Self::Outbound => "outbound",
-            Self::Inbound => "inbound",
-            Self::Pair => "pair",
-        })
+        f.pad(self.name())
     }
 }

@@ -1,6 +1,9 @@
 //! What came out, for people and for programs.
 
-use std::{collections::BTreeMap, fmt};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+};
 
 use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
@@ -28,10 +31,11 @@ pub(crate) struct Report {
     pub(crate) not_measured: Vec<&'static str>,
 }
 
-/// A measure on a path, in all modes.
+/// A measure of a scenario, in all modes.
 #[derive(Debug, Serialize)]
 pub(crate) struct Measure {
-    pub(crate) path: String,
+    /// A path, or a real proxy.
+    pub(crate) scenario: &'static str,
     pub(crate) measure: &'static str,
     /// What differs from 1 by no more is noise: as far as the ratio of direct
     /// to direct may be from 1.
@@ -72,7 +76,7 @@ impl Hooks {
 impl Report {
     /// Compares each mode with `direct`, round by round.
     pub(crate) fn new(machine: Machine, data: &Data) -> Self {
-        let measures = data.measures().map(|(path, measure, modes)| {
+        let measures = data.measures().map(|(scenario, measure, modes)| {
             let direct = modes.iter().find(|(mode, _)| *mode == Mode::Direct);
             let ratio = |series: &[f64]| {
                 let direct = direct.map_or(&[][..], |(_, series)| series);
@@ -95,7 +99,7 @@ impl Report {
                 }
             });
             Measure {
-                path: path.to_string(),
+                scenario,
                 measure,
                 noise,
                 modes: rows.collect(),
@@ -109,8 +113,6 @@ impl Report {
             attach: Vec::new(),
             resident: BTreeMap::new(),
             not_measured: vec![
-                "IPv6",
-                "real proxies (Envoy, HAProxy) under wrk and sockperf",
                 "client and proxy on different CPUs: waking a CPU takes longer than a connection",
                 "kernel memory of iptables and of connection tracking",
                 "other kernels, and machines that aren't virtual",
@@ -131,22 +133,30 @@ impl Report {
         });
     }
 
-    /// The ratios by `<path>.<measure>.<mode>`, and `<path>.<measure>.noise`:
+    /// The scenarios that were measured.
+    pub(crate) fn scenarios(&self) -> BTreeSet<&'static str> {
+        self.measures
+            .iter()
+            .map(|measure| measure.scenario)
+            .collect()
+    }
+
+    /// The ratios by `<scenario>.<measure>.<mode>`, and `<scenario>.<measure>.noise`:
     /// by how much a ratio must differ from 1 to mean anything.
     pub(crate) fn ratios(&self) -> BTreeMap<String, f64> {
         let mut ratios = BTreeMap::new();
         for Measure {
-            path,
+            scenario,
             measure,
             noise,
             modes,
         } in &self.measures
         {
             for row in modes.iter().filter(|row| row.mode != "direct") {
-                let key = format!("{path}.{measure}.{}", row.mode);
+                let key = format!("{scenario}.{measure}.{}", row.mode);
                 ratios.insert(key, rounded(row.ratio.median));
             }
-            ratios.insert(format!("{path}.{measure}.noise"), rounded(*noise));
+            ratios.insert(format!("{scenario}.{measure}.noise"), rounded(*noise));
         }
         ratios
     }
@@ -159,7 +169,7 @@ fn rounded(ratio: f64) -> f64 {
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut table = new_table(&[
-            "PATH",
+            "SCENARIO",
             "MEASURE",
             "MODE",
             "VALUE",
@@ -179,7 +189,7 @@ impl fmt::Display for Report {
                     rounds,
                 } = row.ratio;
                 table.add_row([
-                    measure.path.clone(),
+                    measure.scenario.to_owned(),
                     measure.measure.to_owned(),
                     row.mode.clone(),
                     format!("{:.0}", row.value),
@@ -252,6 +262,7 @@ impl fmt::Display for Report {
                 bytes / f64::from(1 << 20_u32)
             )?;
         }
+        writeln!(f, "\nNo process of Interceptor's has to run.")?;
         writeln!(f, "\nNot measured:")?;
         for what in &self.not_measured {
             writeln!(f, "- {what}")?;

@@ -20,12 +20,19 @@ pub(crate) type Series = Vec<f64>;
 /// What was measured.
 #[derive(Debug, Default)]
 pub(crate) struct Data {
-    series: BTreeMap<(Path, &'static str), Vec<(Mode, Series)>>,
+    series: BTreeMap<(&'static str, &'static str), Vec<(Mode, Series)>>,
 }
 
 impl Data {
-    fn add(&mut self, path: Path, measure: &'static str, mode: Mode, value: f64) {
-        let modes = self.series.entry((path, measure)).or_default();
+    /// Adds what a round has measured of a scenario (a path, or a real proxy).
+    pub(crate) fn add(
+        &mut self,
+        scenario: &'static str,
+        measure: &'static str,
+        mode: Mode,
+        value: f64,
+    ) {
+        let modes = self.series.entry((scenario, measure)).or_default();
         match modes.iter_mut().find(|(of, _)| *of == mode) {
             Some((_, series)) => series.push(value),
             None => modes.push((mode, vec![value])),
@@ -33,10 +40,12 @@ impl Data {
     }
 
     /// All measures, and for each the modes with their values.
-    pub(crate) fn measures(&self) -> impl Iterator<Item = (Path, &'static str, &[(Mode, Series)])> {
+    pub(crate) fn measures(
+        &self,
+    ) -> impl Iterator<Item = (&'static str, &'static str, &[(Mode, Series)])> {
         self.series
             .iter()
-            .map(|((path, measure), modes)| (*path, *measure, modes.as_slice()))
+            .map(|((scenario, measure), modes)| (*scenario, *measure, modes.as_slice()))
     }
 }
 
@@ -73,11 +82,13 @@ const TIME_WAITS: u32 = 12_000;
 
 /// Where the same process is client and proxy.
 const ONE_POD: &[Path] = &[Path::Outbound, Path::Inbound];
+/// The same, over IPv6 too.
+const BOTH_FAMILIES: &[Path] = &[Path::Outbound, Path::OutboundV6, Path::Inbound];
 
 const STEPS: &[Step] = &[
     Step {
         job: |path, mode| connections(path.targets(mode), Close::Rst, 2000),
-        paths: ONE_POD,
+        paths: BOTH_FAMILIES,
         every: 1,
         before: Before::Nothing,
         measures: &[
@@ -88,7 +99,7 @@ const STEPS: &[Step] = &[
     },
     Step {
         job: |path, mode| connections(path.targets(mode), Close::Fin, 2000),
-        paths: ONE_POD,
+        paths: BOTH_FAMILIES,
         every: 1,
         before: Before::Flush,
         measures: &[("connect_close_fin", |m| m.unit_ns)],
@@ -206,27 +217,30 @@ pub(crate) fn run(stages: &mut [Stage], most: usize, until: Instant) -> Result<D
             {
                 for turn in 0..stages.len() {
                     signals::check()?;
-                    // Each mode comes first in its turn, and each comes before
-                    // each other as often as after it.
-                    let turn = if round % 2 == 0 {
-                        turn
-                    } else {
-                        stages.len() - 1 - turn
-                    };
-                    let index = (turn + round / 2) % stages.len();
-                    let stage = &mut stages[index];
+                    let stage = &mut stages[whose_turn(turn, round, stages.len())];
                     let mode = stage.mode;
                     let measured = step
                         .run(path, stage)
                         .with_context(|| format!("{path}, {mode}"))?;
                     for (name, value) in step.measures {
-                        data.add(path, name, mode, value(&measured));
+                        data.add(path.name(), name, mode, value(&measured));
                     }
                 }
             }
         }
     }
     Ok(data)
+}
+
+/// Which of so many modes has a turn in a round. Each mode comes first in its
+/// turn, and each comes before each other as often as after it.
+pub(crate) const fn whose_turn(turn: usize, round: usize, modes: usize) -> usize {
+    let turn = if round.is_multiple_of(2) {
+        turn
+    } else {
+        modes - 1 - turn
+    };
+    (turn + round / 2) % modes
 }
 
 impl Step {

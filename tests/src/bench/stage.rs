@@ -1,6 +1,9 @@
 //! A pod for each mode, with its workers.
 
-use std::process::Command;
+use std::{
+    net::{Ipv6Addr, SocketAddr},
+    process::Command,
+};
 
 use anyhow::{Context as _, Result};
 use socket2::Socket;
@@ -22,6 +25,7 @@ use crate::{
 /// goes when it is dropped, in this order.
 pub(crate) struct Stage {
     outbound: Worker,
+    outbound_v6: Worker,
     inbound: Worker,
     pair: Pair,
     listener: Socket,
@@ -42,9 +46,13 @@ impl Stage {
             |host, listener| Worker::start(&pod, host, Some(listener), mode.intercepts(), cpu);
         let listener = listen(15001)?;
         let outbound = start(Host::Pod, &listener)?;
-        let inbound = start(Host::Peer, &listen(15006)?)?;
+        let any_v6 = SocketAddr::from((Ipv6Addr::UNSPECIFIED, 15001));
+        let (listener_v6, listener_inbound) = (proxy.listen(any_v6)?, listen(15006)?);
+        let outbound_v6 = start(Host::Pod, &listener_v6)?;
+        let inbound = start(Host::Peer, &listener_inbound)?;
         Ok(Self {
             outbound,
+            outbound_v6,
             inbound,
             pair: Pair::new(mode, cpu)?,
             listener,
@@ -58,6 +66,7 @@ impl Stage {
     pub(crate) fn worker(&mut self, path: Path) -> &mut Worker {
         match path {
             Path::Outbound => &mut self.outbound,
+            Path::OutboundV6 => &mut self.outbound_v6,
             Path::Inbound => &mut self.inbound,
             Path::Pair => self.pair.client(),
         }
