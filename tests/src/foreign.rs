@@ -13,6 +13,7 @@ use aya_obj::generated::{
     bpf_map_type::{BPF_MAP_TYPE_ARRAY, BPF_MAP_TYPE_SOCKMAP},
     bpf_prog_type::*,
 };
+use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
 
 use crate::bpf::{bpf, bpf_fd, number, zeroed};
 
@@ -218,6 +219,13 @@ impl Steering {
 
 /// One element, with a 4 byte key and an 8 byte value.
 fn create_map(kind: u32) -> Result<OwnedFd> {
+    // Before Linux 5.11 it counts as locked memory.
+    setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY)
+        .or_else(|_| {
+            let (_, most) = getrlimit(Resource::RLIMIT_MEMLOCK)?;
+            setrlimit(Resource::RLIMIT_MEMLOCK, most, most)
+        })
+        .context("raise the limit of locked memory")?;
     let mut attr = zeroed();
     attr.__bindgen_anon_1.map_type = kind;
     attr.__bindgen_anon_1.key_size = 4;
