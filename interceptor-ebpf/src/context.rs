@@ -44,6 +44,42 @@ fn word<const OFFSET: usize, T>(context: *const T) -> u32 {
     }
 }
 
+/// `value`, about which the verifier knows nothing any more.
+///
+/// It walks every way through what comes after a decision, once for each value
+/// that it can tell apart: without this, once for each rule. `unknown` must be
+/// a number from a map, which the verifier doesn't know.
+#[inline(always)]
+pub(crate) fn opaque(value: u32, unknown: u32) -> u32 {
+    let mut value = u64::from(value);
+    // SAFETY: adds a number and takes it away again.
+    unsafe {
+        asm!(
+            "{value} += {unknown}",
+            "{value} -= {unknown}",
+            value = inout(reg) value,
+            unknown = in(reg) u64::from(unknown),
+            options(nomem, nostack, preserves_flags),
+        );
+    }
+    #[expect(clippy::cast_possible_truncation, reason = "it was a word")]
+    {
+        value as u32
+    }
+}
+
+/// [`opaque`] for an address.
+#[inline(always)]
+pub(crate) fn opaque_address(address: &Address, unknown: u32) -> Address {
+    Address::from_be32s(address.to_be32s().map(|word| opaque(word, unknown)))
+}
+
+/// [`opaque`] for a yes or no.
+#[inline(always)]
+pub(crate) fn opaque_bool(value: bool, unknown: u32) -> bool {
+    opaque(u32::from(value), unknown) != 0
+}
+
 /// Reads an IPv4 address.
 macro_rules! read_v4 {
     ($context:expr, $type:ty, $field:ident) => {
@@ -111,6 +147,28 @@ pub(crate) fn set_v6(context: *mut bpf_sock_addr, endpoint: &Endpoint) {
         addr_of_mut!((*context).user_ip6[2]).write_volatile(words[2]);
         addr_of_mut!((*context).user_ip6[3]).write_volatile(words[3]);
         addr_of_mut!((*context).user_port).write_volatile(u32::from(endpoint.port.to_be()));
+    }
+}
+
+/// Makes a datagram come from `source`; `AF_INET`.
+#[inline(always)]
+pub(crate) fn set_source_v4(context: *mut bpf_sock_addr, source: &Address) {
+    // SAFETY: as in `set_v4`.
+    unsafe {
+        addr_of_mut!((*context).msg_src_ip4).write_volatile(source.to_be32());
+    }
+}
+
+/// Makes a datagram come from `source`; `AF_INET6`.
+#[inline(always)]
+pub(crate) fn set_source_v6(context: *mut bpf_sock_addr, source: &Address) {
+    let words = source.to_be32s();
+    // SAFETY: as in `set_v4`.
+    unsafe {
+        addr_of_mut!((*context).msg_src_ip6[0]).write_volatile(words[0]);
+        addr_of_mut!((*context).msg_src_ip6[1]).write_volatile(words[1]);
+        addr_of_mut!((*context).msg_src_ip6[2]).write_volatile(words[2]);
+        addr_of_mut!((*context).msg_src_ip6[3]).write_volatile(words[3]);
     }
 }
 

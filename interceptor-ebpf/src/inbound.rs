@@ -11,7 +11,7 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::{debug, warn};
 use interceptor_common::{
-    chains::{Chain, InboundFacts, Verdict, inbound},
+    chains::{InboundFacts, Verdict, inbound},
     config::Settings,
     conn::{Endpoint, Handshake, TCP, is_proxy_address_v4},
     counters::Event,
@@ -21,8 +21,9 @@ use interceptor_common::{
 
 use crate::{
     context::{bound_address, looked_up, read},
+    kernel,
     listeners::proxy_port,
-    maps::{self, handshakes},
+    maps::{self, ListMap, handshakes},
 };
 
 #[sk_lookup]
@@ -51,13 +52,16 @@ fn from_outside(
 ) -> u32 {
     let decision = inbound(
         settings,
+        &ListMap,
         &InboundFacts {
             protocol: TCP,
+            destination: local.address,
             destination_port: local.port,
+            in_interface: in_interface(ctx),
             from_inside: false,
         },
     );
-    maps::count_decision(Chain::Inbound, &decision);
+    maps::count_decision(&decision, &local.address);
     debug!(
         ctx,
         "connection from {:i} to port {}: ISTIO_INBOUND rule {}",
@@ -73,6 +77,17 @@ fn from_outside(
     maps::count(Event::NoInboundListener);
     warn!(ctx, "refused, no proxy listens: port {}", local.port);
     SK_DROP
+}
+
+/// The index of the interface that a connection arrives by; 0 where the kernel
+/// doesn't say.
+#[inline(always)]
+fn in_interface(ctx: &SkLookupContext) -> u32 {
+    if kernel::HAS_INGRESS_IFINDEX.load() {
+        read!(ctx.lookup, ingress_ifindex)
+    } else {
+        0
+    }
 }
 
 /// A connection of the pod with itself: `ISTIO_OUTPUT` has decided, and here

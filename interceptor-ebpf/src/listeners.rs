@@ -21,6 +21,8 @@ pub(crate) fn proxy_port(settings: &Settings, port: u16) -> Option<ProxyPort> {
         Some(ProxyPort::Outbound)
     } else if port == settings.inbound_port {
         Some(ProxyPort::Inbound)
+    } else if port == settings.dns_port {
+        Some(ProxyPort::Dns)
     } else {
         None
     }

@@ -13,19 +13,20 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::{debug, warn};
 use interceptor_common::{
-    chains::{Chain, OutputFacts, Verdict, output},
-    config::Settings,
+    chains::{Chain, Decision, OutputFacts, Verdict, output},
+    config::{LOCALHOST_V4, LOCALHOST_V6, Settings},
     conn::{Address, Endpoint, Handshake, Role, TCP, is_proxy_address_v4, proxy_address_v4},
     counters::Event,
-    routes::RouteKind,
+    routes::{LOOPBACK, RouteKind},
 };
 
 use crate::{
     context::{
-        AF_INET, SockAddrIn, SockAddrIn6, asked_v4, asked_v6, bound, ends, read, set_v4, set_v6,
+        AF_INET, SockAddrIn, SockAddrIn6, asked_v4, asked_v6, bound, ends, opaque, opaque_address,
+        opaque_bool, read, set_v4, set_v6,
     },
     kernel, listeners,
-    maps::{self, handshakes, origins},
+    maps::{self, ListMap, handshakes, origins},
 };
 
 const REFUSE: i32 = 0;
@@ -118,23 +119,36 @@ fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Connect {
         local.address = Address::UNSPECIFIED;
     }
 
+    let unknown = settings.generation;
     let destination = Endpoint::new(
-        effective_destination(settings, &endpoint.address, &local.address),
+        opaque_address(
+            &effective_destination(&endpoint.address, &local.address),
+            unknown,
+        ),
         endpoint.port,
     );
     let route = maps::route(&destination.address);
     let over_loopback = matches!(route, Some(route) if route.is(RouteKind::Local));
+    let over_loopback = opaque_bool(over_loopback, unknown);
     let unreachable = !matches!(route, Some(route) if !route.is(RouteKind::Unreachable));
-    let route_source = match route {
-        Some(route) => route.source,
-        None => Address::UNSPECIFIED,
+    let unreachable = opaque_bool(unreachable, unknown);
+    let (route_source, route_interface) = match route {
+        Some(route) => (route.source, route.out_interface),
+        None => (Address::UNSPECIFIED, 0),
     };
-    let bound_to_any = local.address.is_unspecified();
+    let out_interface = match read!(sk, bound_dev_if) {
+        _ if over_loopback => LOOPBACK,
+        0 => route_interface,
+        device => device,
+    };
+    let out_interface = opaque(out_interface, unknown);
+    let bound_to_any = opaque_bool(local.address.is_unspecified(), unknown);
     let source = if bound_to_any {
         route_source
     } else {
         local.address
     };
+    let source = opaque_address(&source, unknown);
 
     let verdict = if destination.address.is_never_reachable()
         || (source.is_v4() && source.is_loopback() && !over_loopback)
@@ -147,12 +161,14 @@ fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Connect {
             protocol: TCP,
             source,
             destination: destination.address,
+            destination_port: destination.port,
             over_loopback,
+            out_interface,
             owner: kernel::owner(sock),
         };
-        let decision = output(settings, &facts);
+        let decision = forgotten(settings, output(settings, &ListMap, &facts));
         if !unreachable {
-            maps::count_decision(Chain::Output, &decision);
+            maps::count_decision(&decision, &destination.address);
         }
         debug!(
             ctx,
@@ -189,6 +205,7 @@ fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Connect {
         }
         Verdict::Outbound => settings.outbound_port,
         Verdict::Inbound => settings.inbound_port,
+        Verdict::Dns => settings.dns_port,
     };
 
     *endpoint = Endpoint::new(
@@ -198,7 +215,7 @@ fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Connect {
             // SAFETY: no arguments.
             proxy_address_v4(unsafe { bpf_get_prandom_u32() })
         } else {
-            settings.localhost_v6
+            LOCALHOST_V6.into()
         },
         port,
     );
@@ -231,17 +248,37 @@ fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Connect {
     }
 }
 
+/// The decision, about which the verifier knows nothing any more.
+#[inline(always)]
+pub(crate) fn forgotten(settings: &Settings, decision: Decision) -> Decision {
+    let number = |value| opaque(value, settings.generation);
+    let verdict = number(decision.verdict as u32);
+    Decision {
+        verdict: match verdict {
+            1 => Verdict::Outbound,
+            2 => Verdict::Inbound,
+            3 => Verdict::Dns,
+            _ => Verdict::Direct,
+        },
+        chain: match number(decision.chain as u32) {
+            0 => Chain::Out,
+            _ => Chain::Output,
+        },
+        rule: number(decision.rule),
+    }
+}
+
 /// Where the kernel would really go: an unspecified destination is the source
 /// address for IPv4 (`__ip_route_output_key`), and localhost if that is
 /// unspecified too, or for IPv6 (`tcp_v6_connect`).
 #[inline(always)]
-fn effective_destination(settings: &Settings, asked: &Address, bound: &Address) -> Address {
+pub(crate) fn effective_destination(asked: &Address, bound: &Address) -> Address {
     if !asked.is_unspecified() {
         *asked
     } else if !asked.is_v4() && !bound.is_v4() {
-        settings.localhost_v6
+        LOCALHOST_V6.into()
     } else if bound.is_unspecified() || !asked.is_v4() {
-        settings.localhost_v4
+        LOCALHOST_V4.into()
     } else {
         *bound
     }
@@ -249,7 +286,7 @@ fn effective_destination(settings: &Settings, asked: &Address, bound: &Address) 
 
 /// Binds the socket to `source` and to no port; false if the kernel won't.
 #[inline(always)]
-fn bind(context: *mut bpf_sock_addr, sk: *const bpf_sock, source: Address) -> bool {
+pub(crate) fn bind(context: *mut bpf_sock_addr, sk: *const bpf_sock, source: Address) -> bool {
     let endpoint = Endpoint::new(source, 0);
     if read!(sk, family) == AF_INET {
         bind_to(context, SockAddrIn::from(endpoint))
@@ -272,7 +309,7 @@ fn bind_to<T>(context: *mut bpf_sock_addr, mut address: T) -> bool {
 
 /// Takes back the source address that an earlier connect() was given.
 #[inline(always)]
-fn unbind(context: *mut bpf_sock_addr, sk: *const bpf_sock, asked: &Address) {
+pub(crate) fn unbind(context: *mut bpf_sock_addr, sk: *const bpf_sock, asked: &Address) {
     let any = if asked.is_v4() {
         Address::v4([0; 4])
     } else {
@@ -371,7 +408,10 @@ fn accepted(ctx: &SockOpsContext) {
         return;
     };
     let port = read!(ctx.ops, local_port);
-    if port != u32::from(settings.outbound_port) && port != u32::from(settings.inbound_port) {
+    if port != u32::from(settings.outbound_port)
+        && port != u32::from(settings.inbound_port)
+        && port != u32::from(settings.dns_port)
+    {
         return;
     }
     let sk = read!(ctx.ops, __bindgen_anon_2.sk);

@@ -7,6 +7,8 @@ mod check;
 mod detach;
 mod logs;
 mod proxy;
+mod set;
+mod settings;
 mod status;
 
 use std::{io::Write as _, path::PathBuf, process::ExitCode};
@@ -54,6 +56,8 @@ enum Output {
 enum Command {
     /// Attach a pod: from here on its connections go through its proxy.
     Attach(attach::Args),
+    /// Change an attached pod's settings, at once: each connection meets the old or the new.
+    Set(set::Args),
     /// Detach a pod and remove all that attaching made.
     Detach(detach::Args),
     /// Show what is attached.
@@ -74,6 +78,7 @@ pub(crate) fn main() -> ExitCode {
     let pins = Pins::at(cli.pins);
     let result = match cli.command {
         Command::Attach(args) => attach::run(args, &pins, cli.output),
+        Command::Set(args) => set::run(&args, &pins, cli.output),
         Command::Detach(args) => detach::run(&args, &pins, cli.output),
         Command::Status(args) => status::run(args, &pins, cli.output),
         Command::Chains(args) => chains::run(&args, &pins, cli.output),

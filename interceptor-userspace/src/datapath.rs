@@ -7,12 +7,14 @@ mod kernel_types;
 mod object;
 mod pins;
 mod plain;
+mod policy;
 mod routes;
 mod view;
 
 pub use attach::{Attached, Request, attach, detach, need_root};
 pub use object::{ForeignProgram, LogLevel, ProgramSize, foreign_programs, load_only};
 pub use pins::{DEFAULT_ROOT, Pins};
+pub use policy::{Change, set};
 pub use view::{
     ChainView, EventView, LinkView, ListenerView, PodView, RuleView, chains, pods, view,
 };

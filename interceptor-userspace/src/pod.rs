@@ -2,6 +2,7 @@
 
 pub mod cgroup;
 pub mod netns;
+pub(crate) mod user_namespace;
 
 use std::{fmt, str::FromStr};
 

@@ -1,10 +1,13 @@
 //! Attaching and detaching a pod: all or nothing.
 
-use std::{fs, io, path::Path};
+use std::{
+    fs, io,
+    net::{IpAddr, Ipv6Addr},
+    path::Path,
+};
 
 use aya::maps::{Array, LpmTrie, MapData, lpm_trie::Key};
 use interceptor_common::{
-    config::Settings,
     conn::Address,
     pod::{Attachment, LAYOUT},
     routes::Route,
@@ -12,9 +15,10 @@ use interceptor_common::{
 
 use super::{
     bpf::Link,
-    object::{LINKS, LogLevel, MAPS, Object},
+    object::{DNS_LINKS, LINKS, LogLevel, MAPS, Maps, Object},
     pins::{self, Pins, Staging, link_pin},
     plain::Plain,
+    policy::{self, Change},
     routes::{self, Routes},
     view::Opened,
 };
@@ -25,6 +29,7 @@ use crate::{
         cgroup::Cgroup,
         netns::{Netns, NetnsId},
     },
+    settings::{Family, Settings},
 };
 
 /// A pod to attach, and how.
@@ -50,7 +55,8 @@ pub struct Request<'a> {
 pub enum Attached {
     /// The pod was not attached before.
     Newly,
-    /// The pod was attached in the same way; its routes were read anew.
+    /// The pod was attached in the same way; its routes and
+    /// interfaces were read anew.
     Already,
 }
 
@@ -70,10 +76,23 @@ pub fn attach(pins: &Pins, request: &Request<'_>) -> Result<Attached> {
         return attach_again(request, &directory);
     }
 
-    let address = request.settings.passthrough_v6.octets.into();
-    let add_address = !routes::has_passthrough(request.netns, address)?;
-    let mut object = Object::load(request.netns.id(), request.log_level)?;
-    write_settings(&mut object, request)?;
+    let settings = request.settings;
+    let place = policy::place(settings, request.netns)?;
+    let address = passthrough_v6();
+    let add_address =
+        settings.has_chains(Family::V6) && !routes::has_passthrough(request.netns, address)?;
+    let hooks = || {
+        let dns = settings.dns.is_on().then_some(&DNS_LINKS);
+        LINKS.iter().chain(dns.into_iter().flatten())
+    };
+    let mut object = Object::load(
+        request.netns.id(),
+        request.log_level,
+        Maps::New {
+            counters: policy::counters(settings),
+        },
+        hooks(),
+    )?;
     write_attachment(&mut object, request, add_address)?;
 
     // From here on, what a kill leaves tells `take_apart` what to take back.
@@ -84,6 +103,7 @@ pub fn attach(pins: &Pins, request: &Request<'_>) -> Result<Attached> {
             Error::system(format!("pinning {}", path.display()))(io::Error::other(error))
         })?;
     }
+    policy::write_first(&mut object, &pins.attaching(request.pod), settings, &place)?;
     let passthrough = add_address
         .then(|| PassthroughAddress::add(request.netns, address))
         .transpose()?;
@@ -96,8 +116,8 @@ pub fn attach(pins: &Pins, request: &Request<'_>) -> Result<Attached> {
     )?;
 
     // Pinned when all are attached: until then a kill detaches them all.
-    let mut links = Vec::with_capacity(LINKS.len());
-    for hook in &LINKS {
+    let mut links = Vec::new();
+    for hook in hooks() {
         links.push(object.attach(hook, request.cgroup, request.netns)?);
         if hook.program == "sock_ops" {
             // New listeners register themselves from here on; nothing looks
@@ -105,7 +125,7 @@ pub fn attach(pins: &Pins, request: &Request<'_>) -> Result<Attached> {
             object.register_listeners(request.netns)?;
         }
     }
-    for (hook, link) in LINKS.iter().zip(&links) {
+    for (hook, link) in hooks().zip(&links) {
         let path = staging.link(hook.program);
         link.pin(&path)
             .map_err(Error::system(format!("pinning {}", path.display())))?;
@@ -142,6 +162,13 @@ pub fn detach(pins: &Pins, pod: &PodName) -> Result<()> {
     take_apart(pod, &detaching)
 }
 
+fn passthrough_v6() -> Ipv6Addr {
+    match Family::V6.passthrough() {
+        IpAddr::V6(address) => address,
+        IpAddr::V4(_) => unreachable!("of the family"),
+    }
+}
+
 /// Removes what a process that was killed has left of `pod`.
 fn remove_leftovers(pins: &Pins, pod: &PodName) -> Result<()> {
     for directory in [pins.attaching(pod), pins.detaching(pod)] {
@@ -158,7 +185,7 @@ fn take_apart(pod: &PodName, directory: &Path) -> Result<()> {
     // A damaged attachment can be taken apart too.
     let opened = Opened::open(pod, directory).ok();
     // First what redirects, last what redirected connections need.
-    for hook in LINKS.iter().rev() {
+    for hook in LINKS.iter().chain(&DNS_LINKS).rev() {
         let path = link_pin(directory, hook.program);
         match Link::open(&path).and_then(|link| link.detach()) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -176,7 +203,7 @@ fn take_apart(pod: &PodName, directory: &Path) -> Result<()> {
             inode: opened.attachment.netns_inode,
         })
     {
-        routes::remove_passthrough(&netns, opened.settings.passthrough_v6.octets.into())?;
+        routes::remove_passthrough(&netns, passthrough_v6())?;
     }
     pins::remove(directory)
 }
@@ -213,6 +240,8 @@ fn attach_again(request: &Request<'_>, directory: &Path) -> Result<Attached> {
     let routes = routes::read(request.netns)?;
     let mut map: RoutesMap<MapData> = opened.map("ROUTES")?;
     write_routes(&mut map, &routes)?;
+    // Interfaces may have come and gone.
+    let _: Change = policy::change_to(&opened, request.settings)?;
     Ok(Attached::Already)
 }
 
@@ -226,13 +255,6 @@ fn attachment(request: &Request<'_>, passthrough_v6_added: bool) -> Attachment {
         cgroup_id: request.cgroup.id(),
         log_level: u64::from(request.log_level as u8),
     }
-}
-
-fn write_settings(object: &mut Object, request: &Request<'_>) -> Result<()> {
-    let mut settings: Array<_, Plain<Settings>> = object.map_mut("SETTINGS")?;
-    settings
-        .set(0, Plain(*request.settings), 0)
-        .map_err(Error::map("writing", "SETTINGS"))
 }
 
 fn write_attachment(
@@ -317,13 +339,13 @@ fn refuse_host(request: &Request<'_>) -> Result<()> {
 /// The IPv6 passthrough address on the pod's `lo`, removed unless it is kept.
 struct PassthroughAddress<'a> {
     netns: &'a Netns,
-    address: std::net::Ipv6Addr,
+    address: Ipv6Addr,
     added: bool,
     kept: bool,
 }
 
 impl<'a> PassthroughAddress<'a> {
-    fn add(netns: &'a Netns, address: std::net::Ipv6Addr) -> Result<Self> {
+    fn add(netns: &'a Netns, address: Ipv6Addr) -> Result<Self> {
         Ok(Self {
             netns,
             address,

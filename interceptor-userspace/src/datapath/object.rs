@@ -1,6 +1,6 @@
 //! The kernel object: embedded in this binary, loaded once per pod.
 
-use std::os::fd::AsFd as _;
+use std::{os::fd::AsFd as _, path::Path};
 
 use aya::{
     Btf, Ebpf, EbpfLoader,
@@ -10,12 +10,15 @@ use aya::{
 };
 use aya_obj::generated::bpf_attach_type::{
     self, BPF_CGROUP_GETSOCKOPT, BPF_CGROUP_INET4_CONNECT, BPF_CGROUP_INET4_GETPEERNAME,
-    BPF_CGROUP_INET6_CONNECT, BPF_CGROUP_INET6_GETPEERNAME, BPF_CGROUP_SOCK_OPS, BPF_SK_LOOKUP,
+    BPF_CGROUP_INET6_CONNECT, BPF_CGROUP_INET6_GETPEERNAME, BPF_CGROUP_SOCK_OPS,
+    BPF_CGROUP_UDP4_RECVMSG, BPF_CGROUP_UDP4_SENDMSG, BPF_CGROUP_UDP6_RECVMSG,
+    BPF_CGROUP_UDP6_SENDMSG, BPF_SK_LOOKUP,
 };
 
+use interceptor_common::counters::MAX_COUNTERS;
 use serde::Serialize;
 
-use super::{bpf::Link, kernel_types::Offsets};
+use super::{bpf::Link, kernel_types::Offsets, pins::map_pin};
 use crate::{
     Error, Result,
     pod::{
@@ -27,12 +30,15 @@ use crate::{
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/interceptor-ebpf"));
 
 /// The maps that are pinned, by their names.
-pub(crate) const MAPS: [&str; 7] = [
+pub(crate) const MAPS: [&str; 10] = [
+    "ASKED",
     "ATTACHMENT",
     "COUNTERS",
+    "GENERATION",
     "HANDSHAKES",
     "LISTENERS",
     "ORIGINS",
+    "PREFIXES",
     "ROUTES",
     "SETTINGS",
 ];
@@ -70,6 +76,16 @@ pub(crate) const LINKS: [Hook; 7] = [
     cgroup_hook("connect6", BPF_CGROUP_INET6_CONNECT),
 ];
 
+/// The programs for DNS over UDP, which only pods that capture DNS have.
+pub(crate) const DNS_LINKS: [Hook; 6] = [
+    cgroup_hook("udp_recvmsg4", BPF_CGROUP_UDP4_RECVMSG),
+    cgroup_hook("udp_recvmsg6", BPF_CGROUP_UDP6_RECVMSG),
+    cgroup_hook("udp_sendmsg4", BPF_CGROUP_UDP4_SENDMSG),
+    cgroup_hook("udp_sendmsg6", BPF_CGROUP_UDP6_SENDMSG),
+    cgroup_hook("udp_connect4", BPF_CGROUP_INET4_CONNECT),
+    cgroup_hook("udp_connect6", BPF_CGROUP_INET6_CONNECT),
+];
+
 /// The iterator program that finds listeners older than the attachment.
 const LISTENER_ITERATOR: &str = "register_listeners";
 
@@ -96,13 +112,47 @@ pub enum LogLevel {
     Trace = 5,
 }
 
+impl LogLevel {
+    /// The level of this number.
+    pub(crate) fn from_number(number: u64) -> Self {
+        [
+            Self::Off,
+            Self::Error,
+            Self::Warn,
+            Self::Info,
+            Self::Debug,
+            Self::Trace,
+        ]
+        .into_iter()
+        .find(|level| u64::from(*level as u8) == number)
+        .unwrap_or_default()
+    }
+}
+
+/// Where an object's maps come from.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Maps<'a> {
+    /// They are made.
+    New {
+        /// How many counters there shall be.
+        counters: u32,
+    },
+    /// They are those pinned in a pod's directory.
+    Pinned(&'a Path),
+}
+
 /// The object of one pod, in the kernel but attached to nothing.
 #[derive(Debug)]
 pub(crate) struct Object(Ebpf);
 
 impl Object {
-    /// Loads the programs and creates their maps.
-    pub(crate) fn load(netns: NetnsId, log_level: LogLevel) -> Result<Self> {
+    /// Loads the programs for `hooks`, and the iterator, and creates their maps.
+    pub(crate) fn load<'a>(
+        netns: NetnsId,
+        log_level: LogLevel,
+        maps: Maps<'_>,
+        hooks: impl Iterator<Item = &'a Hook>,
+    ) -> Result<Self> {
         let offsets = Offsets::of_running_kernel()?;
         let btf = Btf::from_sys_fs().map_err(|error| Error::Load(error.into()))?;
         let level = log_level as u8;
@@ -112,12 +162,24 @@ impl Object {
         )]
         let netns_inode = netns.inode as u32;
         let has_set_retval = u8::from(has_set_retval());
+        let has_ingress_ifindex = u8::from(has_ingress_ifindex());
         let mut loader = EbpfLoader::new();
         loader
             .btf(Some(&btf))
             .override_global("NETNS_INODE", &netns_inode, true)
             .override_global("HAS_SET_RETVAL", &has_set_retval, true)
+            .override_global("HAS_INGRESS_IFINDEX", &has_ingress_ifindex, true)
             .override_global("AYA_LOG_LEVEL", &level, true);
+        match maps {
+            Maps::New { counters } => {
+                loader.map_max_entries("COUNTERS", counters);
+            }
+            Maps::Pinned(directory) => {
+                for name in MAPS {
+                    loader.map_pin_path(name, map_pin(directory, name));
+                }
+            }
+        }
         for (global, offset) in offsets.iter() {
             loader.override_global(global, offset, true);
         }
@@ -126,7 +188,7 @@ impl Object {
             loader.map_max_entries(LOGS, page_size());
         }
         let mut object = Self(loader.load(OBJECT)?);
-        for program in program_names() {
+        for program in names(hooks) {
             object
                 .load_program(program, &btf)
                 .map_err(|error| Error::Program {
@@ -242,8 +304,7 @@ pub struct ForeignProgram {
 /// The programs attached to `cgroup` itself on the hooks that we use, but for
 /// our own.
 pub fn foreign_programs(cgroup: &Cgroup) -> Vec<ForeignProgram> {
-    LINKS
-        .iter()
+    all_hooks()
         .filter(|hook| !hook.to_netns)
         .filter_map(|hook| {
             let (ids, exclusive) =
@@ -283,8 +344,15 @@ pub fn load_only() -> Result<Vec<ProgramSize>> {
         device: 0,
         inode: 0,
     };
-    let object = Object::load(nowhere, LogLevel::Trace)?;
-    program_names()
+    let object = Object::load(
+        nowhere,
+        LogLevel::Trace,
+        Maps::New {
+            counters: MAX_COUNTERS,
+        },
+        all_hooks(),
+    )?;
+    names(all_hooks())
         .map(|name| {
             let info = object
                 .0
@@ -304,12 +372,14 @@ pub fn load_only() -> Result<Vec<ProgramSize>> {
         .collect()
 }
 
-/// All programs of the object.
-fn program_names() -> impl Iterator<Item = &'static str> {
-    LINKS
-        .iter()
-        .map(|hook| hook.program)
-        .chain([LISTENER_ITERATOR])
+/// The names of the hooks' programs and of the iterator.
+fn names<'a>(hooks: impl Iterator<Item = &'a Hook>) -> impl Iterator<Item = &'static str> {
+    hooks.map(|hook| hook.program).chain([LISTENER_ITERATOR])
+}
+
+/// All hooks.
+fn all_hooks() -> impl Iterator<Item = &'static Hook> {
+    LINKS.iter().chain(&DNS_LINKS)
 }
 
 /// Who keeps others from attaching to `cgroup`: the exclusive programs on it
@@ -347,6 +417,21 @@ fn program_name(id: u32) -> Option<String> {
 fn has_set_retval() -> bool {
     is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_set_retval)
         .unwrap_or(false)
+}
+
+/// Whether sk_lookup programs are told which interface a connection arrives by
+/// (Linux 5.17).
+pub(crate) fn has_ingress_ifindex() -> bool {
+    let Ok(system) = nix::sys::utsname::uname() else {
+        return false;
+    };
+    let mut numbers = system
+        .release()
+        .to_str()
+        .unwrap_or_default()
+        .split(|c: char| !c.is_ascii_digit())
+        .map(|number| number.parse::<u32>().unwrap_or(0));
+    (numbers.next(), numbers.next()) >= (Some(5), Some(17))
 }
 
 fn page_size() -> u32 {

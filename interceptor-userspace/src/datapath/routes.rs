@@ -10,7 +10,7 @@ use std::{
 use futures_util::TryStreamExt as _;
 use interceptor_common::{
     conn::Address,
-    routes::{MAX_ROUTES, Route, RouteKind},
+    routes::{LOOPBACK, MAX_ROUTES, Route, RouteKind},
 };
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use rtnetlink::{
@@ -18,6 +18,7 @@ use rtnetlink::{
     packet_route::{
         AddressFamily,
         address::AddressAttribute,
+        link::LinkAttribute,
         route::{RouteAddress, RouteAttribute, RouteMessage, RouteType},
         rule::{RuleAction, RuleAttribute},
     },
@@ -98,7 +99,11 @@ pub(crate) fn read(netns: &Netns) -> Result<Routes> {
                 },
             };
             let source = source.map_or(Address::UNSPECIFIED, Address::from);
-            routes.insert(prefix, Route::new(candidate.kind, source));
+            let interface = match candidate.kind {
+                RouteKind::Local => LOOPBACK,
+                RouteKind::Remote | RouteKind::Unreachable => candidate.out_interface,
+            };
+            routes.insert(prefix, Route::new(candidate.kind, source, interface));
         }
         Ok(routes)
     })
@@ -109,6 +114,8 @@ pub(crate) fn read(netns: &Netns) -> Result<Routes> {
 struct Candidate {
     kind: RouteKind,
     source: Option<IpAddr>,
+    /// 0 if it isn't one.
+    out_interface: u32,
     /// The table's place in the order of look-up, then the metric: the least
     /// wins.
     rank: (u8, u32),
@@ -119,6 +126,7 @@ impl Candidate {
         Self {
             kind: RouteKind::Local,
             source: Some(source),
+            out_interface: LOOPBACK,
             rank: (0, 0),
         }
     }
@@ -127,6 +135,7 @@ impl Candidate {
         Self {
             kind: RouteKind::Remote,
             source: None,
+            out_interface: 0,
             rank: (u8::MAX, u32::MAX),
         }
     }
@@ -235,8 +244,28 @@ pub(crate) fn remove_passthrough(netns: &Netns, address: Ipv6Addr) -> Result<()>
     })
 }
 
-/// The index of `lo` in every network namespace.
-const LOOPBACK: u32 = 1;
+/// The names and indexes of the namespace's interfaces.
+pub(crate) fn interfaces(netns: &Netns) -> Result<Vec<(String, u32)>> {
+    with_netlink(netns, async |handle| {
+        let mut found = Vec::new();
+        let mut messages = Box::pin(handle.link().get().execute());
+        while let Some(message) = messages
+            .try_next()
+            .await
+            .map_err(failed("reading interfaces"))?
+        {
+            let name = message
+                .attributes
+                .iter()
+                .find_map(|attribute| match attribute {
+                    LinkAttribute::IfName(name) => Some(name.clone()),
+                    _ => None,
+                });
+            found.extend(name.map(|name| (name, message.header.index)));
+        }
+        Ok(found)
+    })
+}
 
 /// Runs `work` with a netlink socket of the namespace.
 fn with_netlink<T: Send>(
@@ -287,6 +316,14 @@ fn candidate(message: &RouteMessage) -> Option<(IpNet, Candidate)> {
             _ => None,
         })
         .unwrap_or_default();
+    let out_interface = message
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            RouteAttribute::Oif(index) => Some(*index),
+            _ => None,
+        })
+        .unwrap_or_default();
     let prefix = prefix_of(message)?;
     let source = source_of(message).or(match (prefix, kind) {
         // A local IPv6 address is its own source (RFC 6724, section 5, rule 1).
@@ -300,6 +337,7 @@ fn candidate(message: &RouteMessage) -> Option<(IpNet, Candidate)> {
         Candidate {
             kind,
             source,
+            out_interface,
             rank: (order_of_table(table)?, metric),
         },
     ))
