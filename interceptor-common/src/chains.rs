@@ -231,7 +231,7 @@ pub fn output(settings: &Settings, lists: &impl Lists, facts: &OutputFacts) -> D
         each: settings.rules_per_owner,
     };
     let rule = if settings.proxy_uid.may_have(owner.uid) {
-        lists.rule(settings.generation, List::ProxyUids, &id_key(owner.uid))
+        lists.rule(settings.generation, 0, List::ProxyUids, &id_key(owner.uid))
     } else {
         0
     };
@@ -241,7 +241,7 @@ pub fn output(settings: &Settings, lists: &impl Lists, facts: &OutputFacts) -> D
     }
     let rules = OwnerRules { to_itself, ..rules };
     let rule = if settings.proxy_gid.may_have(owner.gid) {
-        lists.rule(settings.generation, List::ProxyGids, &id_key(owner.gid))
+        lists.rule(settings.generation, 0, List::ProxyGids, &id_key(owner.gid))
     } else {
         0
     };
@@ -251,7 +251,7 @@ pub fn output(settings: &Settings, lists: &impl Lists, facts: &OutputFacts) -> D
     }
 
     if family.has(stages::GROUPS_ONLY | stages::GROUPS_EXCEPT) {
-        let rule = lists.rule(settings.generation, List::Groups, &id_key(owner.gid));
+        let rule = lists.rule(settings.generation, 0, List::Groups, &id_key(owner.gid));
         if family.has(stages::GROUPS_ONLY) {
             if rule == 0 {
                 return direct(Chain::Output, family.groups_rule);
@@ -272,7 +272,12 @@ pub fn output(settings: &Settings, lists: &impl Lists, facts: &OutputFacts) -> D
     }
     if family.has(stages::EXCLUDED_CIDRS) {
         let list = List::ExcludedOutbound;
-        let rule = lists.rule(settings.generation, list, &facts.destination);
+        let rule = lists.rule(
+            settings.generation,
+            family.version,
+            list,
+            &facts.destination,
+        );
         if rule != 0 {
             return direct(Chain::Output, rule);
         }
@@ -302,13 +307,13 @@ fn captured_by(
     facts: &OutputFacts,
 ) -> u32 {
     if family.has(stages::OUTBOUND_PORTS) {
-        let list = if facts.destination.is_v4() {
-            List::OutboundPortsV4
-        } else {
-            List::OutboundPortsV6
-        };
         let port = facts.destination_port;
-        let rule = port_rule(settings, settings.outbound_ports, lists, list, port);
+        let rule = if settings.outbound_ports.may_have(port.into()) {
+            let list = List::OutboundPorts;
+            lists.rule(settings.generation, family.version, list, &port_key(port))
+        } else {
+            0
+        };
         if rule != 0 {
             return rule;
         }
@@ -316,7 +321,12 @@ fn captured_by(
     if family.has(stages::OUTBOUND_ALL) {
         family.outbound_all_rule
     } else if family.has(stages::OUTBOUND_CIDRS) {
-        lists.rule(settings.generation, List::Outbound, &facts.destination)
+        lists.rule(
+            settings.generation,
+            family.version,
+            List::Outbound,
+            &facts.destination,
+        )
     } else {
         0
     }
@@ -331,7 +341,12 @@ fn dns_captured(
 ) -> bool {
     family.has(stages::DNS_TO_ALL)
         || family.has(stages::DNS_TO_SERVERS)
-            && lists.rule(settings.generation, List::DnsServers, server) != 0
+            && lists.rule(
+                settings.generation,
+                family.version,
+                List::DnsServers,
+                server,
+            ) != 0
 }
 
 /// What of the rules of the proxy's uids or gids holds whosever the connection
@@ -423,6 +438,7 @@ const fn direct(chain: Chain, rule: u32) -> Decision {
 fn excluded_interface(settings: &Settings, lists: &impl Lists, index: u32) -> u32 {
     lists.rule(
         settings.generation,
+        0,
         List::ExcludedInterfaces,
         &id_key(index),
     )
@@ -439,7 +455,7 @@ fn port_rule(
     port: u16,
 ) -> u32 {
     if filter.may_have(port.into()) {
-        lists.rule(settings.generation, list, &port_key(port))
+        lists.rule(settings.generation, 0, list, &port_key(port))
     } else {
         0
     }

@@ -99,6 +99,8 @@ pub mod stages {
 pub struct Family {
     /// Bits of [`stages`].
     pub stages: u32,
+    /// 4 or 6: part of the keys of this family's lists in the `PREFIXES` map.
+    pub version: u32,
     /// The source address with which the proxy passes inbound connections on.
     pub passthrough: Address,
     /// What the chains call localhost: this address,
@@ -199,32 +201,30 @@ pub const LOCALHOST_V6: Ipv6Addr = Ipv6Addr::LOCALHOST;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum List {
-    /// Servers whose DNS is captured; by address.
+    /// Servers whose DNS is captured; by address, of each family.
     DnsServers = 0,
-    /// Outbound destinations that are not captured; by address.
+    /// Outbound destinations that are not captured; by address, of each family.
     ExcludedOutbound = 1,
-    /// Outbound destinations that are captured; by address.
+    /// Outbound destinations that are captured; by address, of each family.
     Outbound = 2,
     /// Outbound ports that are never captured; by port. The rule is the one for
     /// TCP, which that for UDP follows.
     ExcludedOutboundPorts = 3,
-    /// Outbound ports that are captured, for IPv4; by port.
-    OutboundPortsV4 = 4,
-    /// Outbound ports that are captured, for IPv6; by port.
-    OutboundPortsV6 = 5,
+    /// Outbound ports that are captured; by port, of each family.
+    OutboundPorts = 4,
     /// Inbound ports; by port.
-    InboundPorts = 6,
+    InboundPorts = 5,
     /// Owner groups; by gid. Where they are captured, the number is any but 0.
-    Groups = 7,
+    Groups = 6,
     /// Uids whose connections are the proxy's own; by uid. The rule is the first
     /// of each, numbered from 1 for the first uid, because it stands at another
     /// place in each family.
-    ProxyUids = 8,
+    ProxyUids = 7,
     /// The same for gids.
-    ProxyGids = 9,
+    ProxyGids = 8,
     /// Interfaces that are left alone; by index. The rule is the one in `OUTPUT`
     /// and in `PREROUTING`.
-    ExcludedInterfaces = 10,
+    ExcludedInterfaces = 9,
 }
 
 /// The most prefixes that all lists of all generations can have together: those
@@ -243,8 +243,10 @@ pub struct PrefixKey {
     pub generation: u8,
     /// A [`List`], as its number.
     pub list: u8,
+    /// [`Family::version`]; 0 for a list that both families have.
+    pub version: u8,
     /// Always zero.
-    pub reserved: u16,
+    pub reserved: u8,
     /// An address, a [`port_key`] or an [`id_key`].
     pub key: Address,
 }
@@ -255,11 +257,12 @@ impl PrefixKey {
 
     /// The key for an address, port or id.
     #[inline(always)]
-    pub const fn new(generation: u32, list: List, key: Address) -> Self {
-        #[expect(clippy::cast_possible_truncation, reason = "less than GENERATIONS")]
+    pub const fn new(generation: u32, version: u32, list: List, key: Address) -> Self {
+        #[expect(clippy::cast_possible_truncation, reason = "small numbers")]
         Self {
             generation: generation as u8,
             list: list as u8,
+            version: version as u8,
             reserved: 0,
             key,
         }
@@ -281,7 +284,8 @@ pub fn id_key(id: u32) -> Address {
 /// The lists of a pod: the `PREFIXES` map.
 pub trait Lists {
     /// The number of the list's first rule that matches `key`; 0 if none does.
-    fn rule(&self, generation: u32, list: List, key: &Address) -> u32;
+    /// `version` is 0 for a list that both families have.
+    fn rule(&self, generation: u32, version: u32, list: List, key: &Address) -> u32;
 }
 
 #[cfg(test)]

@@ -160,15 +160,10 @@ pub(crate) struct ListMap;
 
 impl Lists for ListMap {
     #[inline(always)]
-    fn rule(&self, generation: u32, list: List, key: &Address) -> u32 {
-        let PrefixKey {
-            generation,
-            list,
-            key,
-            ..
-        } = PrefixKey::new(generation, list, *key);
-        let [a, b, c, d] = key.to_be32s();
-        let before = u32::from_ne_bytes([generation, list, 0, 0]);
+    fn rule(&self, generation: u32, version: u32, list: List, key: &Address) -> u32 {
+        let key = PrefixKey::new(generation, version, list, *key);
+        let [a, b, c, d] = key.key.to_be32s();
+        let before = u32::from_ne_bytes([key.generation, key.list, key.version, key.reserved]);
         let key = [PrefixKey::BITS_BEFORE + 128, before, a, b, c, d];
         // SAFETY: a key and values of the map's types.
         unsafe { longest_prefix::<u32>(from_ref(&PREFIXES).cast(), key) }

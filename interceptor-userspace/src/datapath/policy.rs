@@ -137,7 +137,7 @@ where
     }
     for entry in &table.0 {
         let bits = u32::from(entry.bits);
-        let key = PrefixKey::new(generation, entry.list, entry.key);
+        let key = PrefixKey::new(generation, entry.version, entry.list, entry.key);
         map.insert(
             &Key::new(PrefixKey::BITS_BEFORE + bits, Plain(key)),
             entry.rule,

@@ -87,6 +87,13 @@ pub(crate) fn read(netns: &Netns) -> Result<Routes> {
                 prefixes.entry(prefix).or_insert(Candidate::remote());
             }
         }
+        // In the map, IPv4 addresses lie below the prefix of all IPv6 ones.
+        prefixes
+            .entry(Ipv4Net::default().into())
+            .or_insert(Candidate {
+                kind: RouteKind::Unreachable,
+                ..Candidate::remote()
+            });
         let all: Vec<IpNet> = prefixes.keys().copied().collect();
         let mut routes = Routes::new();
         for (prefix, candidate) in prefixes {

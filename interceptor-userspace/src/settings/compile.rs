@@ -50,6 +50,8 @@ impl IdMap {
 pub struct Prefix {
     /// The list.
     pub list: List,
+    /// 4 or 6; 0 if both families have the list.
+    pub version: u32,
     /// The address, or the port or gid as a key.
     pub key: Address,
     /// How many of the key's bits count.
@@ -80,10 +82,10 @@ pub struct Compiled {
 pub struct PrefixTable(pub Vec<Prefix>);
 
 impl Lists for PrefixTable {
-    fn rule(&self, _generation: u32, list: List, key: &Address) -> u32 {
+    fn rule(&self, _generation: u32, version: u32, list: List, key: &Address) -> u32 {
         self.0
             .iter()
-            .filter(|entry| entry.list == list && entry.covers(key))
+            .filter(|entry| entry.list == list && entry.version == version && entry.covers(key))
             .max_by_key(|entry| entry.bits)
             .map_or(0, |entry| entry.rule)
     }
@@ -92,11 +94,12 @@ impl Lists for PrefixTable {
 impl PrefixTable {
     /// Adds a list of prefixes, each with its rule: each prefix gets the first
     /// rule of those that match all of it.
-    fn add(&mut self, list: List, entries: &[(Address, u8, u32)]) {
+    fn add(&mut self, list: List, version: u32, entries: &[(Address, u8, u32)]) {
         let entries: Vec<Prefix> = entries
             .iter()
             .map(|&(key, bits, rule)| Prefix {
                 list,
+                version,
                 key,
                 bits,
                 rule,
@@ -117,7 +120,7 @@ impl PrefixTable {
 
     /// Adds a list of CIDRs whose rules are numbered from `first`, or have all
     /// the same one.
-    fn add_cidrs(&mut self, list: List, cidrs: &[IpNet], first: u32, each: u32) {
+    fn add_cidrs(&mut self, list: List, version: u32, cidrs: &[IpNet], first: u32, each: u32) {
         let entries: Vec<_> = (0..)
             .zip(cidrs)
             .map(|(index, cidr)| {
@@ -129,7 +132,7 @@ impl PrefixTable {
                 )
             })
             .collect();
-        self.add(list, &entries);
+        self.add(list, version, &entries);
     }
 
     /// Adds a list of ids, the first with the rule `first`, `each` further.
@@ -138,11 +141,11 @@ impl PrefixTable {
             .zip(ids)
             .map(|(index, id)| (id_key(*id), 32, first + index * each))
             .collect();
-        self.add(list, &entries);
+        self.add(list, 0, &entries);
     }
 
     /// Adds a list of ports, the first with the rule `first`, `each` further.
-    fn add_ports(&mut self, list: List, ranges: &[PortRange], first: u32, each: u32) {
+    fn add_ports(&mut self, list: List, version: u32, ranges: &[PortRange], first: u32, each: u32) {
         let entries: Vec<_> = (0..)
             .zip(ranges)
             .flat_map(|(index, range)| {
@@ -151,7 +154,7 @@ impl PrefixTable {
                     .map(move |(port, bits)| (port_key(port), bits, first + index * each))
             })
             .collect();
-        self.add(list, &entries);
+        self.add(list, version, &entries);
     }
 }
 
@@ -226,24 +229,25 @@ impl Settings {
         match self.inbound_ports {
             Ports::All => {
                 let first = numbers.next(inbound_ports.len());
-                prefixes.add_ports(List::InboundPorts, inbound_ports, first, 1);
+                prefixes.add_ports(List::InboundPorts, 0, inbound_ports, first, 1);
             }
             Ports::List(_) => prefixes.add_ports(
                 List::InboundPorts,
+                0,
                 inbound_ports,
                 numbers.0 + established,
                 1 + established,
             ),
         }
         let excluded_ports = &self.excluded_outbound_ports;
-        prefixes.add_ports(List::ExcludedOutboundPorts, excluded_ports, 1, 2);
+        prefixes.add_ports(List::ExcludedOutboundPorts, 0, excluded_ports, 1, 2);
         let groups = outside(&place.gids, "owner-groups", groups)?;
         prefixes.add_ids(List::Groups, &groups, v4.groups_rule, 1);
         let uids = outside(&place.uids, "proxy-uid", &self.proxy_uids)?;
         prefixes.add_ids(List::ProxyUids, &uids, 1, self.rules_per_owner());
         let gids = outside(&place.gids, "proxy-gid", &self.proxy_gids)?;
         prefixes.add_ids(List::ProxyGids, &gids, 1, self.rules_per_owner());
-        prefixes.add(List::ExcludedInterfaces, &self.interfaces(place)?);
+        prefixes.add(List::ExcludedInterfaces, 0, &self.interfaces(place)?);
         let ids = |ids: &[u32]| Filter::new(ids.iter().map(|id| (*id, *id)));
         let settings = config::Settings {
             outbound_port: self.outbound_port,
@@ -281,6 +285,10 @@ impl Settings {
                 config::LOCALHOST_V6.into(),
                 mask(Ipv6Net::from(config::LOCALHOST_V6).into()),
             ),
+        };
+        let version = match family {
+            Family::V4 => 4,
+            Family::V6 => 6,
         };
         let mut bits = 0;
         let mut stage = |stage: u32, there: bool| {
@@ -347,18 +355,15 @@ impl Settings {
         let dns = self.dns == Dns::All || !servers.is_empty();
         let dns_rule = numbers.next(usize::from(dns));
         let localhost_rule = numbers.next(1);
-        prefixes.add_cidrs(List::DnsServers, &servers, dns_rule, 0);
+        prefixes.add_cidrs(List::DnsServers, version, &servers, dns_rule, 0);
         let first = numbers.next(excluded.len());
-        prefixes.add_cidrs(List::ExcludedOutbound, &excluded, first, 1);
+        prefixes.add_cidrs(List::ExcludedOutbound, version, &excluded, first, 1);
         let first = numbers.next(self.outbound_ports.len());
-        let list = match family {
-            Family::V4 => List::OutboundPortsV4,
-            Family::V6 => List::OutboundPortsV6,
-        };
-        prefixes.add_ports(list, &self.outbound_ports, first, 1);
-        prefixes.add_cidrs(List::Outbound, &captured, numbers.0, 1);
+        prefixes.add_ports(List::OutboundPorts, version, &self.outbound_ports, first, 1);
+        prefixes.add_cidrs(List::Outbound, version, &captured, numbers.0, 1);
         config::Family {
             stages: bits,
+            version,
             passthrough: Address::from(family.passthrough()),
             localhost,
             localhost_mask,
@@ -433,7 +438,7 @@ mod tests {
             .map(|text| text.parse().unwrap())
             .collect();
         let mut table = PrefixTable::default();
-        table.add_cidrs(List::Outbound, &cidrs, 20, 1);
+        table.add_cidrs(List::Outbound, 4, &cidrs, 20, 1);
         assert_eq!(table.0.len(), 3);
         for (address, rule) in [
             ("10.1.2.3", 20),
@@ -442,7 +447,7 @@ mod tests {
             ("11.0.0.0", 0),
         ] {
             let address: std::net::IpAddr = address.parse().unwrap();
-            assert_eq!(table.rule(0, List::Outbound, &address.into()), rule);
+            assert_eq!(table.rule(0, 4, List::Outbound, &address.into()), rule);
         }
     }
 
@@ -456,14 +461,14 @@ mod tests {
         ] {
             let ranges = super::super::port_list(list).unwrap();
             let mut table = PrefixTable::default();
-            table.add_ports(List::InboundPorts, &ranges, 5, 2);
+            table.add_ports(List::InboundPorts, 0, &ranges, 5, 2);
             assert!(table.0.len() <= 30 * ranges.len());
             for port in 0..=u16::MAX {
                 let first = (0..)
                     .zip(&ranges)
                     .find(|(_, range)| (range.first()..=range.last()).contains(&port))
                     .map_or(0, |(index, _)| 5 + 2 * index);
-                let found = table.rule(0, List::InboundPorts, &port_key(port));
+                let found = table.rule(0, 0, List::InboundPorts, &port_key(port));
                 assert_eq!(found, first, "{list} {port}");
             }
         }
