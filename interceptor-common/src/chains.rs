@@ -186,10 +186,69 @@ pub struct InboundFacts {
 ///
 /// Rule 3 is absent if a CIDR to capture is a loopback one. With DNS, rule 2
 /// (of a uid) and rule 3 leave port 53 alone, and rule 3 looks at TCP only.
+///
+/// Under TPROXY the mangle table marks what the proxy's uids and gids connect over
+/// `lo`, but not to localhost. What these rules leave alone of it then comes to
+/// `ISTIO_INBOUND`, like a connection that arrives.
 #[inline(always)]
 pub fn output(settings: &Settings, lists: &impl Lists, facts: &OutputFacts) -> Decision {
-    let tcp = facts.protocol == TCP;
     let family = settings.family(&facts.destination);
+    let decision = nat_output(settings, family, lists, facts);
+    if !family.has(stages::TPROXY)
+        || decision.verdict as u32 != Verdict::Direct as u32
+        || !facts.over_loopback
+        || family.is_localhost(&facts.destination)
+        || facts.source == family.passthrough
+    {
+        return decision;
+    }
+    let owner = facts.owner.unwrap_or(Owner::NONE);
+    if proxy_owner(settings, lists, List::ProxyUids, owner.uid) == 0
+        && proxy_owner(settings, lists, List::ProxyGids, owner.gid) == 0
+    {
+        return decision;
+    }
+    let marked = inbound(
+        settings,
+        lists,
+        &InboundFacts {
+            protocol: facts.protocol,
+            destination: facts.destination,
+            destination_port: facts.destination_port,
+            in_interface: facts.out_interface,
+            from_inside: false,
+        },
+    );
+    if marked.verdict as u32 == Verdict::Inbound as u32 {
+        marked
+    } else {
+        decision
+    }
+}
+
+/// The number of the first rule of a proxy's uid or gid, from 1 for the first; 0
+/// if it isn't one.
+#[inline(always)]
+fn proxy_owner(settings: &Settings, lists: &impl Lists, list: List, id: u32) -> u32 {
+    let filter = match list {
+        List::ProxyUids => settings.proxy_uid,
+        _ => settings.proxy_gid,
+    };
+    if filter.may_have(id) {
+        lists.rule(settings.generation, 0, list, &id_key(id))
+    } else {
+        0
+    }
+}
+
+#[inline(always)]
+fn nat_output(
+    settings: &Settings,
+    family: &Family,
+    lists: &impl Lists,
+    facts: &OutputFacts,
+) -> Decision {
+    let tcp = facts.protocol == TCP;
     // Without DNS no rule captures anything but TCP.
     if !family.has(stages::CHAINS) || !(tcp || facts.protocol == UDP && family.has(stages::DNS)) {
         return direct(Chain::Output, 0);
@@ -230,21 +289,13 @@ pub fn output(settings: &Settings, lists: &impl Lists, facts: &OutputFacts) -> D
         over_lo,
         each: settings.rules_per_owner,
     };
-    let rule = if settings.proxy_uid.may_have(owner.uid) {
-        lists.rule(settings.generation, 0, List::ProxyUids, &id_key(owner.uid))
-    } else {
-        0
-    };
+    let rule = proxy_owner(settings, lists, List::ProxyUids, owner.uid);
     let before = family.owners_rule - 1;
     if let Some(decision) = rules.decide(settings.proxy_uids, before, rule) {
         return decision;
     }
     let rules = OwnerRules { to_itself, ..rules };
-    let rule = if settings.proxy_gid.may_have(owner.gid) {
-        lists.rule(settings.generation, 0, List::ProxyGids, &id_key(owner.gid))
-    } else {
-        0
-    };
+    let rule = proxy_owner(settings, lists, List::ProxyGids, owner.gid);
     let before = before + settings.proxy_uids * settings.rules_per_owner;
     if let Some(decision) = rules.decide(settings.proxy_gids, before, rule) {
         return decision;

@@ -90,6 +90,9 @@ pub mod stages {
     /// All but the inbound ports of the list are captured; without this, only
     /// they are.
     pub const INBOUND_ALL: u32 = 1 << 14;
+    /// Inbound connections are captured as by TPROXY: the proxy's connections to
+    /// its own pod that `OUTPUT` left alone are asked about, too.
+    pub const TPROXY: u32 = 1 << 15;
 }
 
 /// What the chains of one address family compare with, and the numbers of

@@ -262,6 +262,8 @@ pub(crate) fn forgotten(settings: &Settings, decision: Decision) -> Decision {
         },
         chain: match number(decision.chain as u32) {
             0 => Chain::Out,
+            2 => Chain::In,
+            3 => Chain::Inbound,
             _ => Chain::Output,
         },
         rule: number(decision.rule),

@@ -345,6 +345,10 @@ impl Settings {
                 && self.inbound_ports != Ports::List(Vec::new()),
         );
         stage(stages::INBOUND_ALL, inbound_all);
+        stage(
+            stages::TPROXY,
+            self.mode == Mode::Tproxy && self.inbound_ports != Ports::List(Vec::new()),
+        );
 
         let mut numbers = Numbers(1);
         numbers.next(2 * self.excluded_outbound_ports.len());

@@ -86,8 +86,8 @@ fn dns() -> impl Strategy<Value = Dns> {
     prop_oneof![3 => Just(Dns::Off), 2 => servers, 2 => Just(Dns::All)]
 }
 
-/// Any settings.
-pub fn settings() -> impl Strategy<Value = Mesh> {
+/// Any settings with one of these modes.
+pub fn settings(modes: &'static [Mode]) -> impl Strategy<Value = Mesh> {
     let owners = (
         prop_oneof![3 => Just(vec![1337]), 2 => ids(3)],
         prop_oneof![3 => Just(vec![1337]), 2 => ids(3)],
@@ -98,7 +98,7 @@ pub fn settings() -> impl Strategy<Value = Mesh> {
         ],
     );
     let inbound = (
-        prop_oneof![6 => Just(Mode::Redirect), 1 => Just(Mode::None)],
+        select(modes),
         option::weighted(0.8, Just(15008)),
         all_or(&PORTS),
         list(&PORTS, 4),
@@ -132,7 +132,12 @@ pub fn settings() -> impl Strategy<Value = Mesh> {
             (cidrs, excluded_cidrs, outbound_ports, excluded_outbound_ports),
             (loopback, excluded_interfaces, dns),
         )| Mesh {
-            uids,
+            // The mesh's chains tell the answers of its DNS server by its uid.
+            uids: if uids.is_empty() && dns != Dns::Off {
+                vec![1337]
+            } else {
+                uids
+            },
             gids,
             mode,
             tunnel_port,

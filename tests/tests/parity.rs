@@ -1,0 +1,730 @@
+//! The mesh's own chains and Interceptor, side by side: whatever the mesh's tool
+//! can be told, each connection is served by the same server, which is told the
+//! same original destination, and both ends see the same names.
+//!
+//! Each test prints how many connections it compared. `PARITY_CASES` says how
+//! many random ones to make.
+
+#![expect(clippy::print_stdout, reason = "says how much was compared")]
+
+use std::{
+    collections::BTreeSet,
+    env,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    time::Duration,
+};
+
+use anyhow::{Context, Result, ensure};
+use interceptor_tests::{
+    agent::{Agent, Connect, Listen, Listening, Means},
+    cases::{Case, Observed, Row, as_interceptor_may},
+    cli::Cli,
+    command::run,
+    iptables::{Flavour, Version, restore},
+    mesh::{Dns, Mesh, Mode, random, strings},
+    pod::{Credentials, Host, PEER_V4, PEER_V6, POD_V4, POD_V6, Pod},
+};
+use proptest::{
+    prelude::*,
+    test_runner::{Config, FileFailurePersistence, TestRunner},
+};
+
+/// An application's uid and gid.
+const APP: Credentials = Credentials {
+    uid: 2000,
+    gid: 2000,
+};
+
+/// The ports of the proxy and of its DNS server.
+const PROXY_PORTS: [u16; 3] = [15001, 15006, 15053];
+const DNS: u16 = 53;
+
+/// A second cable between the pod and its peer.
+const POD_ETH1_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 76, 0, 2));
+const PEER_ETH1_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 76, 0, 1));
+const POD_ETH1_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd00, 0x76, 0, 0, 0, 0, 0, 2));
+const PEER_ETH1_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd00, 0x76, 0, 0, 0, 0, 0, 1));
+
+/// A pod with two cables to a peer that has every address but the pod's own.
+struct Side {
+    app: Agent,
+    proxy: Agent,
+    peer: Agent,
+    pod: Pod,
+}
+
+impl Side {
+    fn new() -> Result<Self> {
+        let pod = Pod::new()?;
+        pod.netns().ip(&format!(
+            "link add eth1 type veth peer name eth1 netns {}",
+            pod.peer().name()
+        ))?;
+        for (netns, v4, v6) in [
+            (pod.netns(), POD_ETH1_V4, POD_ETH1_V6),
+            (pod.peer(), PEER_ETH1_V4, PEER_ETH1_V6),
+        ] {
+            netns.ip(&format!("addr add {v4}/24 dev eth1"))?;
+            netns.ip(&format!("addr add {v6}/64 dev eth1"))?;
+            netns.ip("link set eth1 up")?;
+        }
+        for route in [
+            "route add local default dev lo table local",
+            "route add throw 10.76.0.0/23 table local",
+            "-6 route add local default dev lo table local",
+            "-6 route add throw fd00:76::/31 table local",
+            "-6 route add throw fe80::/10 table local",
+        ] {
+            pod.peer().ip(route)?;
+        }
+        Ok(Self {
+            app: Agent::start(&pod, Host::Pod)?,
+            proxy: Agent::start(&pod, Host::Pod)?,
+            peer: Agent::start(&pod, Host::Peer)?,
+            pod,
+        })
+    }
+
+    /// Starts servers: the application's and the peer's on each of the ports,
+    /// and the proxy's.
+    fn serve(&self, ports: &BTreeSet<u16>, mesh: &Mesh) -> Result<Servers<'_>> {
+        let transparent = mesh.mode == Mode::Tproxy;
+        let proxy = Credentials {
+            uid: mesh.uids.first().copied().unwrap_or(1337),
+            gid: mesh.gids.first().copied().unwrap_or(1337),
+        };
+        let mut servers = Servers(Vec::new());
+        let mut start = |agent, listen| -> Result<()> {
+            servers.0.push((agent, Agent::listen(agent, listen)?));
+            Ok(())
+        };
+        let own: Vec<SocketAddr> = ports
+            .iter()
+            .filter(|port| !PROXY_PORTS.contains(port))
+            .flat_map(|port| everywhere(*port))
+            .collect();
+        start(&self.app, Listen::new("APP", own.clone()))?;
+        start(&self.peer, Listen::new("PEER", own))?;
+        for (agent, name, port, owner) in [
+            (&self.app, "APP", DNS, Credentials::ROOT),
+            (&self.peer, "PEER", DNS, Credentials::ROOT),
+            // The mesh's chains know its answers by their owner.
+            (&self.proxy, "PROXY:15053", 15053, proxy),
+        ] {
+            start(
+                agent,
+                Listen {
+                    datagrams: true,
+                    ..Listen::new(name, localhost_or_everywhere(port)).owned_by(owner)
+                },
+            )?;
+        }
+        for port in PROXY_PORTS {
+            start(
+                &self.proxy,
+                Listen {
+                    transparent,
+                    ..Listen::new(&format!("PROXY:{port}"), everywhere(port))
+                },
+            )?;
+        }
+        Ok(servers)
+    }
+
+    fn observe(&self, connection: &Connection) -> Result<Observed> {
+        let agent = match connection.from {
+            Host::Pod => &self.app,
+            Host::Peer => &self.peer,
+        };
+        let outcome = agent.connect(Connect {
+            bind: connection.bind.map(|address| SocketAddr::new(address, 0)),
+            timeout: match connection.means {
+                Means::Tcp => Duration::from_secs(5),
+                Means::Datagram | Means::ConnectedDatagram => Duration::from_millis(300),
+            },
+            payload: 10,
+            means: connection.means,
+            ..Connect::new(connection.owner, connection.to)
+        })?;
+        Ok(Observed::from(&outcome))
+    }
+}
+
+fn everywhere(port: u16) -> [SocketAddr; 2] {
+    [
+        (Ipv4Addr::UNSPECIFIED, port).into(),
+        (Ipv6Addr::UNSPECIFIED, port).into(),
+    ]
+}
+
+/// The proxy's DNS server listens on localhost, as the mesh's does.
+fn localhost_or_everywhere(port: u16) -> [SocketAddr; 2] {
+    if port == DNS {
+        everywhere(port)
+    } else {
+        [
+            (Ipv4Addr::LOCALHOST, port).into(),
+            (Ipv6Addr::LOCALHOST, port).into(),
+        ]
+    }
+}
+
+/// Servers that run until this is dropped.
+struct Servers<'a>(Vec<(&'a Agent, Listening)>);
+
+impl Drop for Servers<'_> {
+    fn drop(&mut self) {
+        for (agent, listening) in self.0.drain(..) {
+            // What fails here fails the next test, too, which says so.
+            let _: Result<()> = agent.close(listening);
+        }
+    }
+}
+
+/// A connection to make on both sides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Connection {
+    from: Host,
+    owner: Credentials,
+    bind: Option<IpAddr>,
+    to: SocketAddr,
+    means: Means,
+}
+
+impl Connection {
+    const fn from_app(to: SocketAddr) -> Self {
+        Self {
+            from: Host::Pod,
+            owner: APP,
+            bind: None,
+            to,
+            means: Means::Tcp,
+        }
+    }
+
+    fn case(&self) -> Case {
+        let means = match self.means {
+            Means::Tcp => "",
+            Means::Datagram => " by datagram",
+            Means::ConnectedDatagram => " by connected datagram",
+        };
+        Case {
+            name: format!(
+                "{:?} {}/{} {} -> {}{means}",
+                self.from,
+                self.owner.uid,
+                self.owner.gid,
+                self.bind
+                    .map_or_else(|| "-".to_owned(), |address| address.to_string()),
+                self.to
+            ),
+            from: self.from,
+            owner: self.owner,
+            bind: self.bind,
+            to: self.to,
+        }
+    }
+}
+
+/// Both sides, and what was compared.
+struct Bed {
+    iptables: Side,
+    interceptor: Side,
+    cli: Cli,
+    attached: bool,
+    compared: usize,
+    differ: usize,
+}
+
+impl Bed {
+    fn new() -> Result<Self> {
+        let iptables = Side::new()?;
+        let netns = iptables.pod.netns();
+        for (name, value) in [
+            ("netfilter/nf_conntrack_tcp_timeout_time_wait", "1"),
+            ("netfilter/nf_conntrack_udp_timeout", "1"),
+            ("netfilter/nf_conntrack_udp_timeout_stream", "1"),
+        ] {
+            netns.sysctl(name, value)?;
+        }
+        netns.ip("-6 addr add ::6/128 dev lo")?;
+        // What the mesh's tool adds for TPROXY, and leaves when it cleans up.
+        for family in ["-4", "-6"] {
+            netns.ip(&format!("{family} rule add fwmark 1337 lookup 133"))?;
+            netns.ip(&format!(
+                "{family} route add local default dev lo table 133"
+            ))?;
+        }
+        Ok(Self {
+            iptables,
+            interceptor: Side::new()?,
+            cli: Cli::new()?,
+            attached: false,
+            compared: 0,
+            differ: 0,
+        })
+    }
+
+    /// Gives both sides these settings: the first time Interceptor attaches with
+    /// them, later it changes to them.
+    fn install(&mut self, mesh: &Mesh) -> Result<()> {
+        for version in Version::BOTH {
+            let rules = format!(
+                "*raw\nCOMMIT\n*mangle\nCOMMIT\n*nat\nCOMMIT\n{}",
+                mesh.chains(version)
+            );
+            // nft's can't flush and fill a table in one text.
+            restore(&self.iptables.pod, Flavour::Legacy, version, &rules)?;
+        }
+        let mut command = if self.attached {
+            let mut command = self.cli.command()?;
+            command.args(["set", self.interceptor.pod.name()]);
+            command
+        } else {
+            self.cli.attach_command(&self.interceptor.pod)?
+        };
+        run(command.args(mesh.flags()))?;
+        self.attached = true;
+        Ok(())
+    }
+
+    /// Attaches anew for the next settings.
+    fn detach(&mut self) -> Result<()> {
+        if std::mem::take(&mut self.attached) {
+            self.cli.detach(self.interceptor.pod.name())?;
+        }
+        Ok(())
+    }
+
+    /// Makes the connections on both sides; what differs.
+    fn compare(&mut self, mesh: &Mesh, connections: &[Connection]) -> Result<Vec<String>> {
+        self.install(mesh)?;
+        let ports = connections
+            .iter()
+            .map(|connection| connection.to.port())
+            .collect();
+        let _servers = [
+            self.iptables.serve(&ports, mesh)?,
+            self.interceptor.serve(&ports, mesh)?,
+        ];
+        let mut all = Vec::new();
+        for connection in connections {
+            let row = |observed| Row {
+                case: connection.case(),
+                observed,
+            };
+            let expected = row(self.iptables.observe(connection)?);
+            let observed = row(self.interceptor.observe(connection)?);
+            self.compared += 1;
+            let differences = as_interceptor_may(&expected, &observed);
+            if !differences.is_empty() {
+                self.differ += 1;
+                all.extend(differences);
+            }
+        }
+        Ok(all)
+    }
+
+    fn report(&self) {
+        println!(
+            "parity: {} comparisons, {} differ",
+            self.compared, self.differ
+        );
+    }
+}
+
+/// Connections that show every class that the settings tell apart, and both sides
+/// of every boundary, in both families.
+fn table(mesh: &Mesh) -> Vec<Connection> {
+    let mut connections = Vec::new();
+    let mut add = |connection: Connection| {
+        if !connections.contains(&connection) {
+            connections.push(connection);
+        }
+    };
+    let mut own: Vec<IpAddr> = [
+        "127.0.0.1",
+        "127.0.0.2",
+        "127.0.0.4",
+        "127.1.0.0",
+        "::1",
+        "::ffff:127.0.0.2",
+        "::ffff:10.77.0.2",
+    ]
+    .iter()
+    .map(|address| address.parse().expect("an address"))
+    .collect();
+    own.extend([POD_V4, POD_V6, POD_ETH1_V4]);
+    let mut destinations = mesh.destinations();
+    destinations.extend([
+        PEER_ETH1_V4,
+        PEER_ETH1_V6,
+        "::ffff:10.77.0.1".parse().expect("an address"),
+    ]);
+    let owners = mesh.owners();
+    for address in destinations.iter().chain(&own) {
+        let to = SocketAddr::new(*address, 8080);
+        add(Connection::from_app(to));
+    }
+    for port in mesh.ports() {
+        for address in [PEER_V4, PEER_V6] {
+            add(Connection::from_app(SocketAddr::new(address, port)));
+        }
+        for address in [POD_V4, POD_V6] {
+            let to = SocketAddr::new(address, port);
+            add(Connection {
+                owner: Credentials::PROXY,
+                ..Connection::from_app(to)
+            });
+            add(Connection {
+                from: Host::Peer,
+                owner: Credentials::ROOT,
+                ..Connection::from_app(to)
+            });
+        }
+    }
+    for address in [POD_ETH1_V4, POD_ETH1_V6] {
+        add(Connection {
+            from: Host::Peer,
+            owner: Credentials::ROOT,
+            ..Connection::from_app(SocketAddr::new(address, 8080))
+        });
+    }
+    for owner in owners {
+        for address in own.iter().chain(&[PEER_V4, PEER_V6]) {
+            add(Connection {
+                owner,
+                ..Connection::from_app(SocketAddr::new(*address, 8080))
+            });
+        }
+    }
+    for (bind, to) in [
+        ("127.0.0.6", POD_V4),
+        ("127.0.0.7", POD_V4),
+        ("::6", POD_V6),
+    ] {
+        for owner in [APP, Credentials::PROXY] {
+            add(Connection {
+                owner,
+                bind: Some(bind.parse().expect("an address")),
+                ..Connection::from_app(SocketAddr::new(to, 8080))
+            });
+        }
+    }
+    if mesh.dns != Dns::Off {
+        let other: [IpAddr; 4] = ["10.78.0.54", "fd00:78::54", "127.0.0.1", "::1"]
+            .map(|address| address.parse().expect("an address"));
+        for address in destinations.iter().chain(&other) {
+            for owner in [APP, Credentials::PROXY] {
+                for means in [Means::Tcp, Means::Datagram, Means::ConnectedDatagram] {
+                    add(Connection {
+                        owner,
+                        means,
+                        ..Connection::from_app(SocketAddr::new(*address, DNS))
+                    });
+                }
+            }
+        }
+    }
+    connections
+}
+
+/// The settings that the mesh's own tests try, with their v6 twins in them, and
+/// those that they leave out.
+fn scenarios() -> Vec<(&'static str, Mesh)> {
+    let default = Mesh::default;
+    let injected = Mesh::injected;
+    let addresses = |texts: &[&str]| -> Vec<IpAddr> {
+        texts
+            .iter()
+            .map(|text| text.parse().expect("an address"))
+            .collect()
+    };
+    let wildcard = || Mesh {
+        inbound_ports: strings(&["*"]),
+        ..default()
+    };
+    let list = || Mesh {
+        inbound_ports: strings(&["32000", "31000", "8000:8010"]),
+        ..default()
+    };
+    let ip_range = Mesh {
+        cidrs: strings(&["10.78.0.0/16", "fd00:78::/32"]),
+        excluded_cidrs: strings(&["10.78.4.0/22", "fd00:78:4::/48"]),
+        dns: Dns::Servers(addresses(&["127.0.0.53", "10.78.0.53", "fd00:78::53"])),
+        uids: vec![3, 4],
+        gids: vec![1, 2],
+        ..default()
+    };
+    let tproxy = |mesh| Mesh {
+        mode: Mode::Tproxy,
+        ..mesh
+    };
+    vec![
+        ("empty", default()),
+        ("ip-range", ip_range.clone()),
+        (
+            "ipnets",
+            Mesh {
+                cidrs: strings(&["10.0.0.0/8", "fd00::/8"]),
+                ..default()
+            },
+        ),
+        ("inbound-ports-include", list()),
+        ("inbound-ports-wildcard", wildcard()),
+        ("inbound-ports-tproxy", tproxy(list())),
+        ("inbound-ports-wildcard-tproxy", tproxy(wildcard())),
+        (
+            "outbound-ports-include",
+            Mesh {
+                outbound_ports: strings(&["32000", "31000"]),
+                ..default()
+            },
+        ),
+        (
+            "outbound-owner-groups",
+            Mesh {
+                only_groups: vec![3000, 202],
+                ..injected()
+            },
+        ),
+        (
+            "outbound-owner-groups-exclude",
+            Mesh {
+                except_groups: vec![888, 3001],
+                dns: Dns::All,
+                ..injected()
+            },
+        ),
+        (
+            "loopback-outbound-iprange",
+            Mesh {
+                cidrs: strings(&["127.1.2.3/32", "10.78.0.0/16", "fd00:78::/32"]),
+                ..wildcard()
+            },
+        ),
+        (
+            "loopback-outbound-iprange, v6",
+            Mesh {
+                cidrs: strings(&["::1/128", "10.78.0.0/16", "fd00:78::/32"]),
+                ..wildcard()
+            },
+        ),
+        (
+            "host-ipv4-loopback-cidr",
+            Mesh {
+                loopback: "127.0.0.0/8".to_owned(),
+                ..injected()
+            },
+        ),
+        (
+            "basic-exclude-nic",
+            Mesh {
+                excluded_interfaces: strings(&["eth1"]),
+                ..injected()
+            },
+        ),
+        (
+            "dns-uid-gid",
+            Mesh {
+                uids: vec![3, 4],
+                gids: vec![1, 2],
+                dns: Dns::All,
+                ..injected()
+            },
+        ),
+        (
+            "drop-invalid",
+            Mesh {
+                drop_invalid: true,
+                ..injected()
+            },
+        ),
+        (
+            "tproxy",
+            Mesh {
+                mode: Mode::Tproxy,
+                inbound_ports: strings(&["*"]),
+                excluded_interfaces: strings(&["eth1"]),
+                uids: vec![1337],
+                gids: vec![1337],
+                ..ip_range
+            },
+        ),
+        (
+            "outbound ports excluded",
+            Mesh {
+                excluded_outbound_ports: strings(&["25", "8000:8090"]),
+                dns: Dns::All,
+                ..injected()
+            },
+        ),
+        ("injected", injected()),
+        (
+            "capture-all DNS",
+            Mesh {
+                dns: Dns::All,
+                ..injected()
+            },
+        ),
+        (
+            "all but some CIDRs",
+            Mesh {
+                excluded_cidrs: strings(&[
+                    "10.78.0.0/16",
+                    "10.77.0.1/32",
+                    "fd00:78:4::/47",
+                    "127.0.0.0/8",
+                ]),
+                ..injected()
+            },
+        ),
+        (
+            "ports whatever the CIDRs",
+            Mesh {
+                outbound_ports: strings(&["9000:9010"]),
+                cidrs: strings(&["10.78.4.0/22"]),
+                excluded_cidrs: strings(&["10.78.4.128/25", "fd00:77::/64"]),
+                ..injected()
+            },
+        ),
+        (
+            "none",
+            Mesh {
+                mode: Mode::None,
+                ..injected()
+            },
+        ),
+        (
+            "no owners",
+            Mesh {
+                uids: Vec::new(),
+                gids: Vec::new(),
+                ..injected()
+            },
+        ),
+    ]
+}
+
+#[test]
+fn every_scenario() -> Result<()> {
+    let only = env::var("PARITY_SCENARIO").ok();
+    let mut bed = Bed::new()?;
+    let mut failures = Vec::new();
+    for (name, mesh) in scenarios() {
+        if only.as_ref().is_some_and(|only| only != name) {
+            continue;
+        }
+        let table = table(&mesh);
+        let differences = bed
+            .compare(&mesh, &table)
+            .with_context(|| name.to_owned())?;
+        println!(
+            "scenario {name}: {} connections, {} differences",
+            table.len(),
+            differences.len()
+        );
+        failures.extend(
+            differences
+                .into_iter()
+                .map(|text| format!("{name}: {text}")),
+        );
+        bed.detach()?;
+    }
+    bed.report();
+    ensure!(failures.is_empty(), "{}", failures.join("\n"));
+    Ok(())
+}
+
+/// Connections for each random settings.
+const CONNECTIONS: usize = 10;
+
+/// A random connection of those that show what the settings tell apart, but with
+/// port and destination chosen apart.
+fn connection(mesh: &Mesh, random: [usize; 6]) -> Connection {
+    fn one<T: Copy>(from: &[T], random: usize) -> T {
+        from[random % from.len()]
+    }
+    let [which, port, owner, destination, source, means] = random;
+    let port = one(&mesh.ports(), port);
+    let owner = one(&mesh.owners(), owner);
+    match which % 4 {
+        0 => Connection {
+            from: Host::Peer,
+            owner: Credentials::ROOT,
+            ..Connection::from_app(SocketAddr::new(
+                one(&[POD_V4, POD_V6, POD_ETH1_V4, POD_ETH1_V6], destination),
+                port,
+            ))
+        },
+        1 if mesh.dns != Dns::Off => Connection {
+            owner,
+            means: one(
+                &[Means::Tcp, Means::Datagram, Means::ConnectedDatagram],
+                means,
+            ),
+            ..Connection::from_app(SocketAddr::new(one(&mesh.destinations(), destination), DNS))
+        },
+        1 | 2 => {
+            let own = ["127.0.0.1", "127.0.0.2", "127.0.0.4", "::1"]
+                .map(|address| address.parse().expect("an address"));
+            let own = [&own[..], &[POD_V4, POD_V6, POD_ETH1_V4, POD_ETH1_V6]].concat();
+            let to = SocketAddr::new(one(&own, destination), port);
+            let bind = if to.is_ipv4() { "127.0.0.6" } else { "::6" };
+            Connection {
+                owner,
+                bind: (source % 4 == 0).then(|| bind.parse().expect("an address")),
+                ..Connection::from_app(to)
+            }
+        }
+        _ => {
+            let mut destinations = mesh.destinations();
+            destinations.extend([PEER_ETH1_V4, PEER_ETH1_V6]);
+            Connection {
+                owner,
+                ..Connection::from_app(SocketAddr::new(one(&destinations, destination), port))
+            }
+        }
+    }
+}
+
+#[test]
+fn random_settings() -> Result<()> {
+    let pairs: u32 = match env::var("PARITY_CASES") {
+        Ok(cases) => cases.parse().context("PARITY_CASES")?,
+        Err(_) => 600,
+    };
+    let bed = std::cell::RefCell::new(Bed::new()?);
+    let mut runner = TestRunner::new(Config {
+        cases: pairs.div_ceil(u32::try_from(CONNECTIONS)?),
+        // Each step takes as long as the case.
+        max_shrink_iters: 60,
+        failure_persistence: Some(Box::new(FileFailurePersistence::WithSource("regressions"))),
+        source_file: Some(file!()),
+        ..Config::default()
+    });
+    let strategy = (
+        random::settings(&[
+            Mode::Redirect,
+            Mode::Redirect,
+            Mode::Redirect,
+            Mode::Tproxy,
+            Mode::None,
+        ]),
+        prop::collection::vec(any::<[usize; 6]>(), CONNECTIONS),
+    );
+    let result = runner.run(&strategy, |(mesh, choices)| {
+        let connections: Vec<_> = choices
+            .into_iter()
+            .map(|choice| connection(&mesh, choice))
+            .collect();
+        let differences = bed
+            .borrow_mut()
+            .compare(&mesh, &connections)
+            .map_err(|error| TestCaseError::fail(format!("{error:#}")))?;
+        prop_assert!(differences.is_empty(), "{}", differences.join("\n"));
+        Ok(())
+    });
+    bed.borrow().report();
+    result.map_err(|error| anyhow::anyhow!("{error}"))
+}
