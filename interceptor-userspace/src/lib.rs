@@ -11,5 +11,6 @@ mod error;
 pub mod pod;
 pub mod proxy;
 pub mod settings;
+pub mod validation;
 
 pub use error::{Error, Result};

@@ -4,6 +4,7 @@
 mod annotations;
 mod chains;
 mod compile;
+mod import;
 
 use std::{
     fmt,
@@ -17,6 +18,7 @@ use serde::{Deserialize, Serialize};
 pub use annotations::annotated;
 pub use chains::{ChainRule, Family};
 pub use compile::{Compiled, IdMap, Place, Prefix, PrefixTable};
+pub use import::{NoEqual, import};
 use interceptor_common::config::{
     MAX_CIDRS, MAX_GROUPS, MAX_INTERFACES, MAX_OWNERS, MAX_PORT_RANGES,
 };

@@ -79,8 +79,8 @@ pub fn attach(pins: &Pins, request: &Request<'_>) -> Result<Attached> {
     let settings = request.settings;
     let place = policy::place(settings, request.netns)?;
     let address = passthrough_v6();
-    let add_address =
-        settings.has_chains(Family::V6) && !routes::has_passthrough(request.netns, address)?;
+    // Also where IPv6 has no chains yet: they may come with a change.
+    let add_address = !routes::has_passthrough(request.netns, address)?;
     let hooks = || {
         let dns = settings.dns.is_on().then_some(&DNS_LINKS);
         LINKS.iter().chain(dns.into_iter().flatten())

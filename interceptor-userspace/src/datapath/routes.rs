@@ -251,6 +251,48 @@ pub(crate) fn remove_passthrough(netns: &Netns, address: Ipv6Addr) -> Result<()>
     })
 }
 
+/// Whether the mesh's own tool would give the namespace IPv6 chains: if the first
+/// address that isn't its own alone is of IPv6; with `dual_stack`, if any is.
+///
+/// # Errors
+///
+/// If the addresses can't be read.
+pub fn has_ipv6(netns: &Netns, dual_stack: bool) -> Result<bool> {
+    with_netlink(netns, async |handle| {
+        let mut found = false;
+        let mut messages = Box::pin(handle.address().get().execute());
+        while let Some(message) = messages
+            .try_next()
+            .await
+            .map_err(failed("reading addresses"))?
+        {
+            let address = message
+                .attributes
+                .iter()
+                .find_map(|attribute| match attribute {
+                    AddressAttribute::Address(address) => Some(*address),
+                    _ => None,
+                });
+            let Some(address) = address else { continue };
+            let only_here = match address {
+                IpAddr::V4(v4) => v4.is_loopback() || v4.is_link_local(),
+                IpAddr::V6(v6) => {
+                    v6.is_loopback()
+                        || v6.is_unicast_link_local()
+                        || message.header.index == LOOPBACK
+                }
+            };
+            if !only_here {
+                found = address.is_ipv6();
+                if found || !dual_stack {
+                    break;
+                }
+            }
+        }
+        Ok(found)
+    })
+}
+
 /// The names and indexes of the namespace's interfaces.
 pub(crate) fn interfaces(netns: &Netns) -> Result<Vec<(String, u32)>> {
     with_netlink(netns, async |handle| {

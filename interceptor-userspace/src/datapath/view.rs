@@ -397,7 +397,7 @@ impl Opened {
             .collect()
     }
 
-    fn listeners(&self, port: ProxyPort) -> Result<usize> {
+    pub(crate) fn listeners(&self, port: ProxyPort) -> Result<usize> {
         let map = self.open_map("LISTENERS")?;
         Ok((port.first_slot()..port.first_slot() + SLOTS)
             .filter(|slot| super::bpf::has_element(map.fd(), *slot))

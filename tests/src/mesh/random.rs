@@ -223,6 +223,9 @@ impl Mesh {
         let ids = sorted(ids);
         ids.iter()
             .flat_map(|&uid| ids.iter().map(move |&gid| Credentials { uid, gid }))
+            .filter(|Credentials { uid, gid }| {
+                uid == gid || [uid, gid].into_iter().any(|id| [1337, 2000].contains(id))
+            })
             .collect()
     }
 }
