@@ -90,6 +90,21 @@ pub fn restore(pod: &Pod, flavour: Flavour, version: Version, rules: &str) -> Re
     })
 }
 
+/// All the pod's tables, as `iptables-save` or `ip6tables-save` prints them.
+///
+/// # Errors
+///
+/// If iptables fails.
+pub fn save_all(pod: &Pod, flavour: Flavour, version: Version) -> Result<String> {
+    pod.netns().enter(|| {
+        run(&mut Command::new(format!(
+            "{}-{}-save",
+            version.command(),
+            flavour.name()
+        )))
+    })
+}
+
 /// The pod's NAT chains and their counters, as `iptables-save -c` prints them.
 ///
 /// # Errors

@@ -2,6 +2,8 @@
 //! can be told, each connection is served by the same server, which is told the
 //! same original destination, and both ends see the same names.
 //!
+//! What differs by design is in one list, [`DIFFERENCES`].
+//!
 //! Each test prints how many connections it compared. `PARITY_CASES` says how
 //! many random ones to make.
 
@@ -16,18 +18,54 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use interceptor_tests::{
-    agent::{Agent, Connect, Listen, Listening, Means},
+    agent::{
+        Agent, Connect, Listen, Listening, Means,
+        calls::{Operation, Value},
+    },
     cases::{Case, Observed, Row, as_interceptor_may},
     cli::Cli,
     command::run,
-    iptables::{Flavour, Version, restore},
+    iptables::{Flavour, Version, restore, save_all},
     mesh::{Dns, Mesh, Mode, random, strings},
     pod::{Credentials, Host, PEER_V4, PEER_V6, POD_V4, POD_V6, Pod},
 };
+use interceptor_userspace::settings::{self, Cidrs, Family, OwnerGroups, Ports, Settings};
 use proptest::{
     prelude::*,
     test_runner::{Config, FileFailurePersistence, TestRunner},
 };
+
+/// What differs from the mesh's chains by design: what, why, and the test that
+/// shows it.
+const DIFFERENCES: [(&str, &str, fn() -> Result<()>); 5] = [
+    (
+        "getsockname() of the proxy's socket",
+        "the packet isn't changed on the way in, and the way out is spread over 256 addresses",
+        the_proxys_own_name,
+    ),
+    (
+        "a client's port that an ended connection still has in conntrack",
+        "there is no conntrack: nothing is renumbered. Whatever the chains renumber is made again",
+        nothing_is_renumbered,
+    ),
+    (
+        "--drop-invalid",
+        "without conntrack no packet is invalid; a stray one is answered with a reset, as \
+         everywhere",
+        nothing_is_invalid,
+    ),
+    (
+        "virtual interfaces (-k)",
+        "forwarded traffic needs IP_TRANSPARENT on the proxy's listener; the setting is refused",
+        virtual_interfaces_are_refused,
+    ),
+    (
+        "one unconnected UDP socket that asks several DNS servers at once",
+        "which of them an answer is for can't be told without conntrack: it names the one asked \
+         last",
+        the_server_asked_last,
+    ),
+];
 
 /// An application's uid and gid.
 const APP: Credentials = Credentials {
@@ -741,4 +779,509 @@ fn random_settings() -> Result<()> {
     });
     bed.borrow().report();
     result.map_err(|error| anyhow::anyhow!("{error}"))
+}
+
+#[test]
+fn each_difference_is_as_it_is_said() -> Result<()> {
+    for (what, why, test) in DIFFERENCES {
+        test().with_context(|| format!("{what} ({why})"))?;
+    }
+    Ok(())
+}
+
+fn the_proxys_own_name() -> Result<()> {
+    let mut bed = Bed::new()?;
+    let mesh = Mesh::injected();
+    bed.install(&mesh)?;
+    let connection = Connection::from_app(SocketAddr::new(PEER_V4, 8080));
+    let ports = BTreeSet::from([8080]);
+    let _servers = [
+        bed.iptables.serve(&ports, &mesh)?,
+        bed.interceptor.serve(&ports, &mesh)?,
+    ];
+    let [chains, ours] = [
+        bed.iptables.observe(&connection)?,
+        bed.interceptor.observe(&connection)?,
+    ];
+    ensure!(chains.server_getsockname == "127.0.0.1:15001", "{chains:?}");
+    ensure!(ours.server_getsockname.starts_with("127.15.1."), "{ours:?}");
+    Ok(())
+}
+
+fn nothing_is_renumbered() -> Result<()> {
+    let mut bed = Bed::new()?;
+    let mesh = Mesh::injected();
+    bed.install(&mesh)?;
+    let _servers = bed.interceptor.serve(&BTreeSet::from([8080]), &mesh)?;
+    for _ in 0..300 {
+        let observed = bed
+            .interceptor
+            .observe(&Connection::from_app(SocketAddr::new(PEER_V4, 8080)))?;
+        ensure!(
+            observed.served_by == "PROXY:15001" && !renumbered(&observed),
+            "{observed:?}"
+        );
+    }
+    Ok(())
+}
+
+/// A packet that belongs to no connection: dropped by the chains, answered with a
+/// reset by a pod without conntrack.
+fn nothing_is_invalid() -> Result<()> {
+    let mut bed = Bed::new()?;
+    bed.install(&Mesh {
+        drop_invalid: true,
+        ..Mesh::injected()
+    })?;
+    let answered = |side: &Side| {
+        side.pod.peer().enter(|| {
+            let (IpAddr::V4(from), IpAddr::V4(to)) = (PEER_V4, POD_V4) else {
+                anyhow::bail!("not of IPv4");
+            };
+            stray_is_reset(from, to)
+        })
+    };
+    ensure!(!answered(&bed.iptables)?, "the chains let it through");
+    ensure!(answered(&bed.interceptor)?, "nobody answers");
+    Ok(())
+}
+
+/// Sends the second packet of a handshake that nobody began; whether a reset
+/// comes back.
+fn stray_is_reset(from: Ipv4Addr, to: Ipv4Addr) -> Result<bool> {
+    const PORTS: [u8; 4] = [0x9c, 0x40, 0x1f, 0x90];
+    const SYN_ACK: u8 = 0x12;
+    const RST: u8 = 0x04;
+    let mut packet = [0u8; 20];
+    packet[..4].copy_from_slice(&PORTS);
+    packet[12] = 5 << 4;
+    packet[13] = SYN_ACK;
+    let pseudo = [&from.octets()[..], &to.octets(), &[0, 6, 0, 20], &packet].concat();
+    let sum: u32 = pseudo
+        .chunks(2)
+        .map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]])))
+        .sum();
+    let folded = (sum & 0xffff) + (sum >> 16);
+    let checksum = !(((folded & 0xffff) + (folded >> 16)) as u16);
+    packet[16..18].copy_from_slice(&checksum.to_be_bytes());
+    let socket = socket2::Socket::new(
+        socket2::Domain::IPV4,
+        socket2::Type::RAW,
+        Some(socket2::Protocol::TCP),
+    )?;
+    socket.set_read_timeout(Some(Duration::from_millis(500)))?;
+    socket.send_to(&packet, &SocketAddr::new(to.into(), 0).into())?;
+    let mut room = [std::mem::MaybeUninit::uninit(); 100];
+    // The peer's own kernel may answer what comes back: only the pod's counts.
+    while let Ok((length, _)) = socket.recv_from(&mut room) {
+        let bytes: Vec<u8> = room[..length]
+            .iter()
+            // SAFETY: the kernel has written that many bytes.
+            .map(|byte| unsafe { byte.assume_init() })
+            .collect();
+        if bytes.len() >= 40
+            && bytes[12..16] == to.octets()
+            && bytes[20..24] == [0x1f, 0x90, 0x9c, 0x40]
+            && bytes[33] & RST != 0
+        {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+fn virtual_interfaces_are_refused() -> Result<()> {
+    let bed = Bed::new()?;
+    let mut attach = bed.cli.attach_command(&bed.interceptor.pod)?;
+    let attached = attach.arg("--virtual-interfaces=net1").output()?;
+    let tool = bed
+        .cli
+        .command()?
+        .args(["istio-iptables", "-k", "net1", "-n"])
+        .output()?;
+    for output in [attached, tool] {
+        let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(
+            output.status.code() == Some(1) && stderr.contains("`net1` can't be captured"),
+            "{stderr}"
+        );
+    }
+    ensure!(!bed.cli.pins().exists(), "something is attached");
+    Ok(())
+}
+
+fn the_server_asked_last() -> Result<()> {
+    let mut bed = Bed::new()?;
+    let mesh = Mesh {
+        dns: Dns::All,
+        ..Mesh::injected()
+    };
+    bed.install(&mesh)?;
+    let _servers = bed.interceptor.serve(&BTreeSet::new(), &mesh)?;
+    let socket = bed
+        .interceptor
+        .app
+        .open(APP, libc::AF_INET, libc::SOCK_DGRAM, libc::IPPROTO_UDP)?
+        .map_err(anyhow::Error::msg)?;
+    let servers: [SocketAddr; 2] = ["10.78.0.53:53".parse()?, "10.78.0.54:53".parse()?];
+    for server in servers {
+        socket.must(Operation::Send {
+            bytes: vec![0],
+            to: Some(server),
+            flags: 0,
+        })?;
+    }
+    for _ in servers {
+        let Value::Received { from, .. } = socket.must(Operation::Receive)? else {
+            anyhow::bail!("no answer");
+        };
+        ensure!(from == Some(servers[1]), "{from:?}");
+    }
+    Ok(())
+}
+
+/// The settings as Interceptor has them, but for what no chain shows.
+fn shown(mesh: &Mesh) -> Result<Settings> {
+    let mut settings: Settings = serde_json::from_value(mesh.json())?;
+    if settings.inbound_ports != Ports::All {
+        settings.excluded_inbound_ports.clear();
+    }
+    if !settings.dns.is_on() {
+        settings.dns = settings::Dns::Off;
+    }
+    if let settings::Dns::Servers(servers) = &mut settings.dns {
+        servers.sort();
+    }
+    Ok(settings)
+}
+
+#[test]
+fn what_iptables_saves_is_imported() -> Result<()> {
+    let bed = Bed::new()?;
+    for (name, mesh) in scenarios() {
+        if mesh.mode == Mode::None {
+            continue;
+        }
+        let mut text = String::new();
+        for version in Version::BOTH {
+            let pod = &bed.iptables.pod;
+            let rules = format!(
+                "*raw\nCOMMIT\n*mangle\nCOMMIT\n*nat\nCOMMIT\n{}",
+                mesh.chains(version)
+            );
+            restore(pod, Flavour::Legacy, version, &rules)?;
+            text.push_str(&save_all(pod, Flavour::Legacy, version)?);
+        }
+        let file = tempfile::NamedTempFile::new()?;
+        std::fs::write(file.path(), &text)?;
+        let json = run(bed.cli.command()?.arg("import").arg(file.path()))
+            .with_context(|| format!("{name}\n{text}"))?;
+        let mut imported: Settings = serde_json::from_str(&json)?;
+        if let settings::Dns::Servers(servers) = &mut imported.dns {
+            servers.sort();
+        }
+        let mut expected = shown(&mesh)?;
+        if mesh.mode == Mode::Tproxy {
+            // Only the owners' rules name it then.
+            expected.tunnel_port = mesh.tunnel_port;
+        }
+        // Each family's CIDRs come together.
+        for settings in [&mut imported, &mut expected] {
+            settings
+                .excluded_outbound_cidrs
+                .sort_by_key(|cidr| cidr.addr().is_ipv6());
+            // In one rule, whose conditions have no order.
+            if let OwnerGroups::Only(groups) = &mut settings.owner_groups {
+                groups.sort_unstable();
+            }
+            if let Cidrs::List(list) = &mut settings.outbound_cidrs {
+                list.sort_by_key(|cidr| cidr.addr().is_ipv6());
+            }
+        }
+        ensure!(imported == expected, "{name}: {imported:?}\n{expected:?}");
+    }
+    Ok(())
+}
+
+/// The chains that `--dry-run` shows are ones that iptables takes.
+#[test]
+fn the_equivalent_chains_can_be_installed() -> Result<()> {
+    let bed = Bed::new()?;
+    for (name, mesh) in scenarios() {
+        let settings: Settings = serde_json::from_value(mesh.json())?;
+        for (version, family) in [(Version::V4, Family::V4), (Version::V6, Family::V6)] {
+            let text = settings.iptables_restore(family);
+            restore(&bed.iptables.pod, Flavour::Legacy, version, &text)
+                .with_context(|| name.to_owned())?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn explain_says_what_happens() -> Result<()> {
+    let mut bed = Bed::new()?;
+    let mesh = Mesh {
+        dns: Dns::All,
+        excluded_cidrs: strings(&["10.78.4.0/22", "fd00:78:4::/48"]),
+        excluded_outbound_ports: strings(&["9000:9010"]),
+        excluded_interfaces: strings(&["eth1"]),
+        ..Mesh::injected()
+    };
+    bed.install(&mesh)?;
+    let connections: Vec<Connection> = table(&mesh)
+        .into_iter()
+        .filter(|connection| connection.means == Means::Tcp)
+        // From there it arrives by an interface that is left alone, which depends
+        // on the interface and not on the addresses.
+        .filter(|connection| {
+            connection.from == Host::Pod
+                || ![POD_ETH1_V4, POD_ETH1_V6].contains(&connection.to.ip())
+        })
+        .collect();
+    let ports = connections.iter().map(|c| c.to.port()).collect();
+    let side = &bed.interceptor;
+    let _servers = side.serve(&ports, &mesh)?;
+    for connection in connections.iter().step_by(3) {
+        let observed = side.observe(connection)?;
+        let mut command = bed.cli.command()?;
+        command.args(["explain", "-o", "json", "--pod", side.pod.name()]);
+        command.arg(format!("--to={}", connection.to));
+        command.arg(format!("--uid={}", connection.owner.uid));
+        command.arg(format!("--gid={}", connection.owner.gid));
+        let from = match connection.from {
+            Host::Pod => connection.bind,
+            Host::Peer => Some(if connection.to.is_ipv4() {
+                PEER_V4
+            } else {
+                PEER_V6
+            }),
+        };
+        if let Some(from) = from {
+            command.arg(format!("--from={from}"));
+        }
+        let json = run(&mut command)?;
+        let answer: serde_json::Value = serde_json::from_str(&json)?;
+        let expected = match (answer["outcome"].as_str(), answer["port"].as_u64()) {
+            (Some("proxy"), Some(port)) => format!("PROXY:{port}"),
+            _ => String::new(),
+        };
+        let proxied = observed.served_by.starts_with("PROXY:");
+        ensure!(
+            if proxied {
+                observed.served_by == expected
+            } else {
+                expected.is_empty()
+            },
+            "{}: {observed:?}\n{json}",
+            connection.case().name
+        );
+    }
+    Ok(())
+}
+
+/// While the settings change, each connection meets the old or the new: with the
+/// lists of one and the flags of the other it would come to the peer.
+#[test]
+fn settings_change_at_once() -> Result<()> {
+    let mut bed = Bed::new()?;
+    let one = Mesh {
+        dns: Dns::All,
+        cidrs: strings(&["10.99.0.0/16"]),
+        ..Mesh::injected()
+    };
+    let other = Mesh {
+        cidrs: strings(&["10.77.0.1/32"]),
+        ..Mesh::injected()
+    };
+    bed.install(&one)?;
+    let side = &bed.interceptor;
+    let _servers = side.serve(&BTreeSet::from([DNS]), &one)?;
+    let connection = Connection::from_app(SocketAddr::new(PEER_V4, DNS));
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    let seen = std::thread::scope(|scope| -> Result<BTreeSet<String>> {
+        let traffic = scope.spawn(|| -> Result<BTreeSet<String>> {
+            let mut seen = BTreeSet::new();
+            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                let observed = side.observe(&connection)?;
+                ensure!(observed.original_dst == "10.77.0.1:53", "{observed:?}");
+                seen.insert(observed.served_by);
+            }
+            Ok(seen)
+        });
+        let mut changed = Ok(());
+        for round in 0..30 {
+            let mesh = if round % 2 == 0 { &other } else { &one };
+            let mut command = bed.cli.command()?;
+            command.args(["set", side.pod.name()]).args(mesh.flags());
+            changed = run(&mut command).map(drop);
+            if changed.is_err() {
+                break;
+            }
+        }
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        changed?;
+        traffic.join().map_err(|_| anyhow::anyhow!("panic"))?
+    })?;
+    ensure!(
+        seen == BTreeSet::from(["PROXY:15001", "PROXY:15053"].map(str::to_owned)),
+        "{seen:?}"
+    );
+    Ok(())
+}
+
+/// The mesh's own tool's command line, in the pod.
+#[test]
+fn in_the_place_of_the_meshs_own_tool() -> Result<()> {
+    let bed = Bed::new()?;
+    let side = &bed.interceptor;
+    let tool = |arguments: &[&str]| -> Result<std::process::Output> {
+        // In the pod's cgroup, for the check, but not in its network namespace, which
+        // then is named as the CNI plugin does.
+        let program = bed.cli.command()?.get_program().to_owned();
+        let mut command = std::process::Command::new("sh");
+        command
+            .args(["-c", "echo $$ > \"$0/cgroup.procs\" && exec \"$@\""])
+            .arg(side.pod.cgroup().path())
+            .arg(program)
+            .arg("--pins")
+            .arg(bed.cli.pins())
+            .arg("istio-iptables")
+            .arg("--network-namespace")
+            .arg(side.pod.netns().path())
+            .arg("--cgroup")
+            .arg(side.pod.cgroup().path())
+            .args(["--pod", side.pod.name(), "--dual-stack"])
+            .args(arguments);
+        Ok(command.output()?)
+    };
+    let succeeds = |arguments: &[&str]| -> Result<()> {
+        let output = tool(arguments)?;
+        ensure!(
+            output.status.success(),
+            "{arguments:?}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        Ok(())
+    };
+    let injected = [
+        "-p",
+        "15001",
+        "-z",
+        "15006",
+        "-u",
+        "1337",
+        "-m",
+        "REDIRECT",
+        "-i",
+        "*",
+        "-x",
+        "",
+        "-b",
+        "*",
+        "-d",
+        "15090,15021,15020",
+    ];
+    let with = |more: &[&'static str]| [&injected[..], more].concat();
+    // Nothing is attached yet: the check fails.
+    let output = tool(&with(&[
+        "--run-validation",
+        "--skip-rule-apply",
+        "--probe-timeout=1s",
+    ]))?;
+    ensure!(output.status.code() == Some(126), "{output:?}");
+    succeeds(&with(&["--dry-run"]))?;
+    ensure!(!bed.cli.pins().exists(), "the dry run has attached");
+    succeeds(&with(&["--run-validation"]))?;
+    let status = bed.cli.status(side.pod.name())?;
+    ensure!(
+        serde_json::from_value::<Settings>(status["settings"].clone())?
+            == Settings {
+                dns: settings::Dns::Off,
+                ..Settings::of(settings::Profile::Injected)
+            },
+        "{status}"
+    );
+    succeeds(&with(&[]))?;
+    // Other settings need a word.
+    let output = tool(&with(&["-o", "25"]))?;
+    ensure!(output.status.code() == Some(1), "{output:?}");
+    succeeds(&with(&["-o", "25", "--reconcile"]))?;
+    let status = bed.cli.status(side.pod.name())?;
+    ensure!(
+        status["settings"]["excluded_outbound_ports"][0] == "25",
+        "{status}"
+    );
+    succeeds(&["--cleanup-only"])?;
+    succeeds(&["--cleanup-only"])?;
+    ensure!(!bed.cli.pins().exists(), "something is left");
+    Ok(())
+}
+
+/// A process, killed when this is dropped.
+struct Child(std::process::Child);
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        // It may be gone already.
+        let _: std::io::Result<()> = self.0.kill();
+        let _: std::io::Result<_> = self.0.wait();
+    }
+}
+
+/// In a pod with a user namespace of its own, uid 1337 is the one that this
+/// namespace numbers so: xt_owner's `make_kuid(net->user_ns, ...)`.
+#[test]
+fn uids_are_those_of_the_pods_user_namespace() -> Result<()> {
+    let bed = Bed::new()?;
+    let pod = &bed.interceptor.pod;
+    let child = Child(
+        std::process::Command::new("unshare")
+            .args(["--user", "--net", "sleep", "60"])
+            .spawn()
+            .context("start unshare")?,
+    );
+    let pid = child.0.id();
+    let ours = std::fs::read_link("/proc/self/ns/user")?;
+    interceptor_tests::command::wait_until("a user namespace", Duration::from_secs(5), || {
+        let theirs = std::fs::read_link(format!("/proc/{pid}/ns/user"))?;
+        Ok((theirs != ours).then_some(()))
+    })?;
+    for map in ["uid_map", "gid_map"] {
+        std::fs::write(format!("/proc/{pid}/{map}"), "0 100000 2000")?;
+    }
+    let attach = |more: &[&str]| -> Result<std::process::Output> {
+        let mut command = bed.cli.command()?;
+        command
+            .args(["attach", "--pod", "inner", "--netns", &pid.to_string()])
+            .arg("--cgroup")
+            .arg(pod.cgroup().path())
+            .args(more);
+        Ok(command.output()?)
+    };
+    // An id that the namespace doesn't have, which iptables would refuse, too.
+    let refused = attach(&["--proxy-uid", "2000"])?;
+    let stderr = String::from_utf8_lossy(&refused.stderr).into_owned();
+    ensure!(
+        refused.status.code() == Some(1) && stderr.contains("`2000` is no id"),
+        "{stderr}"
+    );
+    let attached = attach(&[])?;
+    ensure!(attached.status.success(), "{attached:?}");
+    for (uid, rule) in [(101_337, 4), (1337, 9), (100_000, 9)] {
+        let mut command = bed.cli.command()?;
+        command.args([
+            "explain",
+            "-o",
+            "json",
+            "--pod",
+            "inner",
+            "--to",
+            "10.1.1.1:80",
+        ]);
+        let json = run(command.args(["--uid", &uid.to_string(), "--gid", "1"]))?;
+        let answer: serde_json::Value = serde_json::from_str(&json)?;
+        ensure!(answer["rule"] == rule, "uid {uid}: {json}");
+    }
+    bed.cli.detach("inner")
 }

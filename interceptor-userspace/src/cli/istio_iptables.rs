@@ -3,6 +3,7 @@
 
 use std::{
     env, fs,
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     process::ExitCode,
     time::Duration,
@@ -247,13 +248,21 @@ fn apply(args: &Args, pins: &Pins) -> anyhow::Result<()> {
             Some(path) => Cgroup::open(path)?,
             None => Cgroup::open(&own_pods_cgroup()?)?,
         };
+        let in_container = args.network_namespace.is_empty() && !in_initial_pid_namespace();
+        if in_container && cgroup.is_root() {
+            bail!(
+                "{} is the root cgroup: give the pod's own with --cgroup",
+                cgroup.path().display()
+            );
+        }
         let request = Request {
             pod: &pod,
             cgroup: &cgroup,
             netns: &netns,
             settings: &settings,
             log_level: LogLevel::Off,
-            allow_host: false,
+            // There, process 1 is the pod's own and says nothing of the machine.
+            allow_host: in_container,
         };
         match datapath::attach(pins, &request) {
             Err(Error::AttachedOtherwise {
@@ -348,6 +357,13 @@ fn settings(args: &Args, netns: &Netns) -> anyhow::Result<Settings> {
     }
     settings.check()?;
     Ok(settings)
+}
+
+/// Whether process 1 is the machine's, by the inode that the initial PID namespace
+/// always has (`PROC_PID_INIT_INO`).
+fn in_initial_pid_namespace() -> bool {
+    const INITIAL: u64 = 0xefff_fffc;
+    fs::metadata("/proc/self/ns/pid").is_ok_and(|metadata| metadata.ino() == INITIAL)
 }
 
 /// The uid of the proxy's user, if there is one of this name.

@@ -31,6 +31,9 @@ impl fmt::Display for NoEqual {
 
 impl std::error::Error for NoEqual {}
 
+/// The kernel's own chains.
+const BUILT_IN: [&str; 5] = ["PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"];
+
 /// The longest text that is read, in bytes.
 const LONGEST: usize = 1 << 20;
 
@@ -123,6 +126,25 @@ impl Rules {
         self.0
             .get(&(table.to_owned(), chain.to_owned()))
             .map_or(&[], Vec::as_slice)
+    }
+
+    /// Whether packets come to the chain: it is the kernel's own, or a rule of one
+    /// that they come to leads there.
+    fn is_reached(&self, table: &str, chain: &str) -> bool {
+        let mut reached: Vec<&str> = BUILT_IN.to_vec();
+        let mut next = 0;
+        while let Some(from) = reached.get(next).copied() {
+            next += 1;
+            for rule in self.chain(table, from) {
+                let known = self
+                    .0
+                    .contains_key(&(table.to_owned(), rule.target.clone()));
+                if known && !reached.contains(&rule.target.as_str()) {
+                    reached.push(&rule.target);
+                }
+            }
+        }
+        reached.contains(&chain)
     }
 
     fn family(&self) -> Family {
@@ -409,6 +431,9 @@ fn extract_inbound(rules: &Rules, settings: &mut Settings) -> Result<(), NoEqual
         Mode::Redirect | Mode::None => ("nat", "ISTIO_IN_REDIRECT"),
     };
     let mut captured = Vec::new();
+    if !rules.is_reached(table, "ISTIO_INBOUND") {
+        return Ok(());
+    }
     for (index, rule) in rules.chain(table, "ISTIO_INBOUND").iter().enumerate() {
         let port = rule.value("--dport").map(|port| parsed(rule, port));
         match (rule.target.as_str(), port.transpose()?) {
@@ -610,6 +635,9 @@ fn compare(given: &Rules, settings: &Settings, family: Family) -> Result<(), NoE
     let text = settings.iptables_restore(family);
     let expected = parse(&text)?.into_iter().next().unwrap_or_default();
     for ((table, chain), rules) in &given.0 {
+        if !given.is_reached(table, chain) {
+            continue;
+        }
         let wanted = expected.chain(table, chain);
         for (index, rule) in rules.iter().enumerate() {
             let Some(wanted) = wanted.get(index) else {
