@@ -557,7 +557,7 @@ fn the_largest_settings() {
     };
     let cidrs = |first: u8| -> Vec<String> {
         (0..=255)
-            .map(|n| format!("10.{}.{n}.0/25", first))
+            .map(|n| format!("10.{first}.{n}.0/25"))
             .chain((0..=255).map(|n| format!("fd00:{first}:{n:x}::/65")))
             .collect()
     };

@@ -35,9 +35,12 @@ use proptest::{
     test_runner::{Config, FileFailurePersistence, TestRunner},
 };
 
+/// What differs, why, and the test that shows it.
+type Difference = (&'static str, &'static str, fn() -> Result<()>);
+
 /// What differs from the mesh's chains by design: what, why, and the test that
 /// shows it.
-const DIFFERENCES: [(&str, &str, fn() -> Result<()>); 5] = [
+const DIFFERENCES: [Difference; 5] = [
     (
         "getsockname() of the proxy's socket",
         "the packet isn't changed on the way in, and the way out is spread over 256 addresses",
@@ -862,7 +865,7 @@ fn stray_is_reset(from: Ipv4Addr, to: Ipv4Addr) -> Result<bool> {
         .map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]])))
         .sum();
     let folded = (sum & 0xffff) + (sum >> 16);
-    let checksum = !(((folded & 0xffff) + (folded >> 16)) as u16);
+    let checksum = !u16::try_from((folded & 0xffff) + (folded >> 16))?;
     packet[16..18].copy_from_slice(&checksum.to_be_bytes());
     let socket = socket2::Socket::new(
         socket2::Domain::IPV4,
@@ -891,7 +894,7 @@ fn stray_is_reset(from: Ipv4Addr, to: Ipv4Addr) -> Result<bool> {
 }
 
 fn virtual_interfaces_are_refused() -> Result<()> {
-    let bed = Bed::new()?;
+    let mut bed = Bed::new()?;
     let mut attach = bed.cli.attach_command(&bed.interceptor.pod)?;
     let attached = attach.arg("--virtual-interfaces=net1").output()?;
     let tool = bed
@@ -907,6 +910,36 @@ fn virtual_interfaces_are_refused() -> Result<()> {
         );
     }
     ensure!(!bed.cli.pins().exists(), "something is attached");
+
+    // The reason: even if routes bring what is to be forwarded to the proxy, it can
+    // answer only from a listener with IP_TRANSPARENT.
+    let mesh = Mesh::injected();
+    bed.install(&mesh)?;
+    let side = &bed.interceptor;
+    for (netns, command) in [
+        (side.pod.peer(), "route add throw 10.99.0.0/24 table local"),
+        (side.pod.peer(), "route add 10.99.0.0/24 via 10.76.0.2"),
+        (side.pod.netns(), "rule add iif eth1 lookup 100"),
+        (side.pod.netns(), "route add local default dev lo table 100"),
+    ] {
+        netns.ip(command)?;
+    }
+    let forwarded = Connection {
+        from: Host::Peer,
+        owner: Credentials::ROOT,
+        ..Connection::from_app("10.99.0.1:80".parse()?)
+    };
+    for (mode, served_by) in [(Mode::Redirect, "TIMEOUT"), (Mode::Tproxy, "PROXY:15006")] {
+        let _servers = side.serve(
+            &BTreeSet::new(),
+            &Mesh {
+                mode,
+                ..mesh.clone()
+            },
+        )?;
+        let observed = side.observe(&forwarded)?;
+        ensure!(observed.served_by == served_by, "{mode:?}: {observed:?}");
+    }
     Ok(())
 }
 

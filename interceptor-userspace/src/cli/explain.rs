@@ -22,7 +22,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "ADDR")]
     from: Option<IpAddr>,
 
-    /// Where it goes: an address and a port, 10.0.0.1:80 or [fd00::1]:80.
+    /// Where it goes: an address and a port, `10.0.0.1:80` or `[fd00::1]:80`.
     #[arg(long, value_name = "ADDR:PORT")]
     to: SocketAddr,
 

@@ -39,7 +39,7 @@ pub fn annotated(
         if let Some(name) = key.strip_prefix(TRAFFIC) {
             match name {
                 "includeInboundPorts" => {
-                    settings.inbound_ports = value.parse().map_err(in_value)?
+                    settings.inbound_ports = value.parse().map_err(in_value)?;
                 }
                 "excludeInboundPorts" => {
                     excluded_inbound = Some(port_list(value).map_err(in_value)?);

@@ -513,7 +513,7 @@ fn extract_output(rules: &Rules, family: Family, settings: &mut Settings) -> Res
             "ISTIO_REDIRECT" => match (rule.value("--dport"), rule.value("-d")) {
                 (Some(port), _) => settings.outbound_ports.push(parsed(rule, port)?),
                 (None, Some(to)) => {
-                    cidrs.push(cidr(to).ok_or_else(|| rule.blame(format!("{to} is no CIDR")))?)
+                    cidrs.push(cidr(to).ok_or_else(|| rule.blame(format!("{to} is no CIDR")))?);
                 }
                 (None, None) => settings.outbound_cidrs = Cidrs::All,
             },
