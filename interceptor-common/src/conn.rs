@@ -7,8 +7,10 @@ use core::{
 
 use bytemuck::{Pod, Zeroable};
 
-/// `IPPROTO_TCP`, the only protocol that the chains look at.
+/// `IPPROTO_TCP`.
 pub const TCP: u32 = 6;
+/// `IPPROTO_UDP`, of which the chains look at DNS.
+pub const UDP: u32 = 17;
 
 /// The third word of an IPv4 address, in network byte order.
 const MAPPED: u32 = 0xffff_u32.to_be();

@@ -3,15 +3,18 @@
 
 use crate::chains::{Chain, Decision};
 
-const OUTPUT_RULES: u32 = 0;
-#[expect(clippy::cast_possible_truncation, reason = "a few dozen rules")]
-const INBOUND_RULES: u32 = OUTPUT_RULES + Chain::Output.most_rules() as u32;
-#[expect(clippy::cast_possible_truncation, reason = "a few dozen rules")]
-const EVENTS: u32 = INBOUND_RULES + Chain::Inbound.most_rules() as u32;
-
-/// The size of the `COUNTERS` map.
 #[expect(clippy::cast_possible_truncation, reason = "a few dozen events")]
-pub const COUNTERS: u32 = EVENTS + Event::ALL.len() as u32;
+const RULES: u32 = Event::ALL.len() as u32;
+
+/// The size of the `COUNTERS` map if every chain had as many rules as it can.
+/// `ISTIO_OUTPUT`, which can have by far the most, comes last: a pod's map may
+/// be shorter, and its further rules aren't counted then.
+pub const MAX_COUNTERS: u32 = rule_index(Chain::Output, most_rules(Chain::Output), false) + 1;
+
+#[expect(clippy::cast_possible_truncation, reason = "a few hundred rules")]
+const fn most_rules(chain: Chain) -> u32 {
+    chain.most_rules() as u32
+}
 
 /// Something that happened beside the rules' decisions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,27 +51,32 @@ impl Event {
     /// The event's place in the `COUNTERS` map.
     #[inline(always)]
     pub const fn index(self) -> u32 {
-        EVENTS + self as u32
+        self as u32
     }
 }
 
-/// The place in the `COUNTERS` map of a chain's rule (numbered from 1).
+/// The place in the `COUNTERS` map of a chain's rule (numbered from 1), of the
+/// chains for IPv4 or for IPv6.
 #[inline(always)]
-pub const fn rule_index(chain: Chain, rule: u32) -> u32 {
-    let first = match chain {
-        Chain::Output => OUTPUT_RULES,
-        Chain::Inbound => INBOUND_RULES,
+pub const fn rule_index(chain: Chain, rule: u32, v4: bool) -> u32 {
+    let before = match chain {
+        Chain::Out => 0,
+        Chain::In => most_rules(Chain::Out),
+        Chain::Inbound => most_rules(Chain::Out) + most_rules(Chain::In),
+        Chain::Output => {
+            most_rules(Chain::Out) + most_rules(Chain::In) + most_rules(Chain::Inbound)
+        }
     };
-    first + rule - 1
+    RULES + 2 * (before + rule - 1) + if v4 { 0 } else { 1 }
 }
 
-/// The place in the `COUNTERS` map of the rule that decided; `None` if the
-/// connection was not in the chain.
+/// The place in the `COUNTERS` map of the rule that decided; `None` if none
+/// did.
 #[inline(always)]
-pub const fn decision_index(chain: Chain, decision: &Decision) -> Option<u32> {
+pub const fn decision_index(decision: &Decision, v4: bool) -> Option<u32> {
     match decision.rule {
         0 => None,
-        rule => Some(rule_index(chain, rule)),
+        rule => Some(rule_index(decision.chain, rule, v4)),
     }
 }
 
@@ -78,15 +86,16 @@ mod tests {
 
     #[test]
     fn no_two_counters_share_a_place() {
-        let mut taken = [false; COUNTERS as usize];
+        let mut taken = [false; MAX_COUNTERS as usize];
         let mut take = |index: u32| {
             let place = &mut taken[index as usize];
             assert!(!*place, "{index}");
             *place = true;
         };
-        for chain in [Chain::Output, Chain::Inbound] {
+        for chain in Chain::ALL {
             for rule in 1..=u32::try_from(chain.most_rules()).unwrap() {
-                take(rule_index(chain, rule));
+                take(rule_index(chain, rule, true));
+                take(rule_index(chain, rule, false));
             }
         }
         for event in Event::ALL {

@@ -2,26 +2,32 @@
 
 use crate::conn::Address;
 
-/// Places for listeners on each of the proxy's two ports. A proxy has one per
+/// Places for listeners on each of the proxy's ports. A proxy has one per
 /// worker thread and address family when it uses `SO_REUSEPORT`.
 pub const SLOTS: u32 = 128;
 
-/// The two ports of the proxy, as halves of the `LISTENERS` map.
+/// The ports of the proxy, each with a part of the `LISTENERS` map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ProxyPort {
     /// 15001, for connections that the pod makes.
     Outbound,
     /// 15006, for connections that arrive.
     Inbound,
+    /// 15053, for DNS over TCP.
+    Dns,
 }
 
 impl ProxyPort {
+    /// How many there are.
+    pub const COUNT: u32 = 3;
+
     /// The port's first place in the `LISTENERS` map.
     #[inline(always)]
     pub const fn first_slot(self) -> u32 {
         match self {
             Self::Outbound => 0,
             Self::Inbound => SLOTS,
+            Self::Dns => 2 * SLOTS,
         }
     }
 }

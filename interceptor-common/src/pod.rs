@@ -4,7 +4,7 @@ use bytemuck::{Pod, Zeroable};
 
 /// The layout of the maps and the state in them: raised when a change makes
 /// older state unreadable.
-pub const LAYOUT: u32 = 1;
+pub const LAYOUT: u32 = 2;
 
 /// The element of the `ATTACHMENT` map. The programs don't read it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]

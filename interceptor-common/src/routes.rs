@@ -24,6 +24,9 @@ pub enum RouteKind {
     Local = 2,
 }
 
+/// The index of `lo` in every network namespace.
+pub const LOOPBACK: u32 = 1;
+
 /// What is known of a prefix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
@@ -33,14 +36,18 @@ pub struct Route {
     pub source: Address,
     /// A [`RouteKind`], as its number.
     pub kind: u32,
+    /// The index of the interface that packets leave by, `lo` for local ones; 0
+    /// if that isn't known.
+    pub out_interface: u32,
 }
 
 impl Route {
     /// A route of this kind.
-    pub const fn new(kind: RouteKind, source: Address) -> Self {
+    pub const fn new(kind: RouteKind, source: Address, out_interface: u32) -> Self {
         Self {
             source,
             kind: kind as u32,
+            out_interface,
         }
     }
 

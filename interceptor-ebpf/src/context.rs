@@ -1,16 +1,9 @@
 //! Reading the contexts that the kernel hands to programs: one field at a time,
 //! each with its byte order made plain.
 
-use core::{
-    arch::asm,
-    mem::offset_of,
-    ptr::{addr_of_mut, from_mut, from_ref},
-};
+use core::{arch::asm, mem::offset_of, ptr::addr_of_mut};
 
-use aya_ebpf::{
-    bindings::{bpf_sk_lookup, bpf_sock, bpf_sock_addr, bpf_sock_ops},
-    helpers::generated::bpf_probe_read_kernel,
-};
+use aya_ebpf::bindings::{bpf_sk_lookup, bpf_sock, bpf_sock_addr, bpf_sock_ops};
 use interceptor_common::conn::{Address, Endpoint};
 
 pub(crate) const AF_INET: u32 = 2;
@@ -51,6 +44,42 @@ fn word<const OFFSET: usize, T>(context: *const T) -> u32 {
     }
 }
 
+/// `value`, about which the verifier knows nothing any more.
+///
+/// It walks every way through what comes after a decision, once for each value
+/// that it can tell apart: without this, once for each rule. `unknown` must be
+/// a number from a map, which the verifier doesn't know.
+#[inline(always)]
+pub(crate) fn opaque(value: u32, unknown: u32) -> u32 {
+    let mut value = u64::from(value);
+    // SAFETY: adds a number and takes it away again.
+    unsafe {
+        asm!(
+            "{value} += {unknown}",
+            "{value} -= {unknown}",
+            value = inout(reg) value,
+            unknown = in(reg) u64::from(unknown),
+            options(nomem, nostack, preserves_flags),
+        );
+    }
+    #[expect(clippy::cast_possible_truncation, reason = "it was a word")]
+    {
+        value as u32
+    }
+}
+
+/// [`opaque`] for an address.
+#[inline(always)]
+pub(crate) fn opaque_address(address: &Address, unknown: u32) -> Address {
+    Address::from_be32s(address.to_be32s().map(|word| opaque(word, unknown)))
+}
+
+/// [`opaque`] for a yes or no.
+#[inline(always)]
+pub(crate) fn opaque_bool(value: bool, unknown: u32) -> bool {
+    opaque(u32::from(value), unknown) != 0
+}
+
 /// Reads an IPv4 address.
 macro_rules! read_v4 {
     ($context:expr, $type:ty, $field:ident) => {
@@ -68,31 +97,6 @@ macro_rules! read_v6 {
             word::<{ offset_of!($type, $field) + 12 }, $type>($context),
         ])
     };
-}
-
-/// The same number, but unknown to the verifier, so that it walks what follows
-/// once, and not for each number that it can be.
-///
-/// `zero` is a zero that the verifier doesn't know either: a field of a context,
-/// read once more, less the value that it is known to have.
-#[inline(always)]
-pub(crate) fn unknown_to_verifier(number: u32, zero: u32) -> u32 {
-    // Not a sum: the verifier would know that it is at least the number.
-    number ^ zero
-}
-
-/// Has the verifier forget what it knows of a value on the stack, so that it
-/// walks what follows once, and not for each way in which the value came about.
-#[inline(always)]
-pub(crate) fn forget<T>(value: &mut T) {
-    // SAFETY: copies the value onto itself.
-    unsafe {
-        bpf_probe_read_kernel(
-            from_mut(value).cast(),
-            size_of::<T>() as u32,
-            from_ref(value).cast(),
-        );
-    }
 }
 
 /// The destination that an `AF_INET` connect() asks for.
@@ -143,6 +147,28 @@ pub(crate) fn set_v6(context: *mut bpf_sock_addr, endpoint: &Endpoint) {
         addr_of_mut!((*context).user_ip6[2]).write_volatile(words[2]);
         addr_of_mut!((*context).user_ip6[3]).write_volatile(words[3]);
         addr_of_mut!((*context).user_port).write_volatile(u32::from(endpoint.port.to_be()));
+    }
+}
+
+/// Makes a datagram come from `source`; `AF_INET`.
+#[inline(always)]
+pub(crate) fn set_source_v4(context: *mut bpf_sock_addr, source: &Address) {
+    // SAFETY: as in `set_v4`.
+    unsafe {
+        addr_of_mut!((*context).msg_src_ip4).write_volatile(source.to_be32());
+    }
+}
+
+/// Makes a datagram come from `source`; `AF_INET6`.
+#[inline(always)]
+pub(crate) fn set_source_v6(context: *mut bpf_sock_addr, source: &Address) {
+    let words = source.to_be32s();
+    // SAFETY: as in `set_v4`.
+    unsafe {
+        addr_of_mut!((*context).msg_src_ip6[0]).write_volatile(words[0]);
+        addr_of_mut!((*context).msg_src_ip6[1]).write_volatile(words[1]);
+        addr_of_mut!((*context).msg_src_ip6[2]).write_volatile(words[2]);
+        addr_of_mut!((*context).msg_src_ip6[3]).write_volatile(words[3]);
     }
 }
 

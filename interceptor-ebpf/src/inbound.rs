@@ -11,18 +11,20 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::{debug, warn};
 use interceptor_common::{
-    chains::{Chain, InboundFacts, Verdict, inbound},
+    chains::{InboundFacts, Verdict, inbound},
     config::Settings,
-    conn::{Endpoint, Handshake, TCP, is_proxy_address_v4},
+    conn::{Address, Endpoint, Handshake, TCP, is_proxy_address_v4},
     counters::Event,
     listeners::{ProxyPort, SLOTS, accepts},
     routes::RouteKind,
 };
 
 use crate::{
-    context::{bound_address, looked_up, read, unknown_to_verifier},
+    context::{bound_address, looked_up, opaque, opaque_bool, read},
+    kernel,
     listeners::proxy_port,
-    maps::{self, handshakes},
+    maps::{self, ListMap, handshakes},
+    outbound::forgotten,
 };
 
 /// What a new connection gets.
@@ -55,10 +57,11 @@ pub(crate) fn find_listener(ctx: SkLookupContext) -> u32 {
         Choice::Nothing => return SK_DROP,
         Choice::Listener(port) => port,
     };
+    let unknown = settings.generation;
+    let first = opaque(port.first_slot(), unknown);
+    let inside = opaque_bool(inside, unknown);
     // With no listener known, the kernel's own look-up decides on a connection
     // from inside: it refuses, or finds one that can't be registered.
-    let zero = read!(ctx.lookup, protocol) ^ TCP;
-    let first = unknown_to_verifier(port.first_slot(), zero);
     if assign(&ctx, first, inside) || inside {
         return SK_PASS;
     }
@@ -77,16 +80,19 @@ fn from_outside(
     local: Endpoint,
     remote: Endpoint,
 ) -> Choice {
-    let mut decision = inbound(
+    let decision = inbound(
         settings,
+        &ListMap,
         &InboundFacts {
             protocol: TCP,
+            destination: local.address,
             destination_port: local.port,
+            in_interface: in_interface(ctx),
             from_inside: false,
         },
     );
-    decision.rule = unknown_to_verifier(decision.rule, read!(ctx.lookup, protocol) ^ TCP);
-    maps::count_decision(Chain::Inbound, &decision);
+    let decision = forgotten(settings, decision);
+    maps::count_decision(&decision, &local.address);
     debug!(
         ctx,
         "connection from {:i} to port {}: ISTIO_INBOUND rule {}",
@@ -98,6 +104,17 @@ fn from_outside(
         Choice::Kernels
     } else {
         Choice::Listener(ProxyPort::Inbound)
+    }
+}
+
+/// The index of the interface that a connection arrives by; 0 where the kernel
+/// doesn't say.
+#[inline(always)]
+fn in_interface(ctx: &SkLookupContext) -> u32 {
+    if kernel::HAS_INGRESS_IFINDEX.load() {
+        read!(ctx.lookup, ingress_ifindex)
+    } else {
+        0
     }
 }
 
@@ -134,7 +151,8 @@ fn assign(ctx: &SkLookupContext, first: u32, from_inside: bool) -> bool {
         if sk.is_null() {
             continue;
         }
-        let assigned = accepts(&bound_address(sk), from_inside)
+        let [one, two, three, four] = bound_address(sk).to_be32s();
+        let assigned = is_for(one, two, three, four, from_inside.into()) != 0
             // SAFETY: the program's own context and a socket that it holds.
             && unsafe {
                 bpf_sk_assign(
@@ -152,4 +170,15 @@ fn assign(ctx: &SkLookupContext, first: u32, from_inside: bool) -> bool {
         }
     }
     false
+}
+
+/// [`accepts`] for an address in four words, whose bytes are in network order.
+///
+/// A global function, as BPF calls it: the verifier walks it once, and not once
+/// for each slot. (With a context among its arguments Linux 5.10 refuses it.)
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn is_for(one: u32, two: u32, three: u32, four: u32, from_inside: u32) -> u32 {
+    let address = Address::from_be32s([one, two, three, four]);
+    accepts(&address, from_inside != 0).into()
 }

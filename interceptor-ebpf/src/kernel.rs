@@ -21,6 +21,11 @@ static NETNS_INODE: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
 pub(crate) static HAS_SET_RETVAL: Global<bool> = Global::new(false);
 
+/// Whether sk_lookup is told the interface (Linux 5.17). Where it isn't, the
+/// verifier removes the branch.
+#[unsafe(no_mangle)]
+pub(crate) static HAS_INGRESS_IFINDEX: Global<bool> = Global::new(false);
+
 // Offsets in bytes of fields of kernel structures, from the kernel's BTF.
 #[unsafe(no_mangle)]
 static SOCK_SK_SOCKET: Global<u32> = Global::new(0);
@@ -153,16 +158,39 @@ pub(crate) fn in_pod_by_copy(sk: *mut bpf_sock) -> bool {
     let Some(net) = copied_field::<u64>(sk, &SOCK_COMMON_SKC_NET) else {
         return false;
     };
-    let mut inode = 0u32;
-    // SAFETY: the helper checks what it reads.
+    probed::<u32>(net, &NET_NS_INUM) == Some(NETNS_INODE.load())
+}
+
+/// [`owner`] by copying.
+#[inline(always)]
+pub(crate) fn owner_by_copy(sk: *mut bpf_sock) -> Option<Owner> {
+    let socket = copied_field::<u64>(sk, &SOCK_SK_SOCKET)?;
+    let file = probed::<u64>(socket, &SOCKET_FILE)?;
+    let cred = probed::<u64>(file, &FILE_F_CRED)?;
+    Some(Owner {
+        uid: probed(cred, &CRED_FSUID)?,
+        gid: probed(cred, &CRED_FSGID)?,
+    })
+}
+
+/// The field at `offset` of the kernel structure at `base`; `None` if it can't
+/// be read.
+#[inline(always)]
+fn probed<T: Copy + Default>(base: u64, offset: &Global<u32>) -> Option<T> {
+    let mut value = T::default();
+    // SAFETY: the helper checks what it reads and writes no more than the value.
     let read = unsafe {
         bpf_probe_read_kernel(
-            from_mut(&mut inode).cast(),
-            size_of::<u32>() as u32,
-            (net + u64::from(NET_NS_INUM.load())) as *const c_void,
+            from_mut(&mut value).cast(),
+            size_of::<T>() as u32,
+            (base + u64::from(offset.load())) as *const c_void,
         )
     };
-    read == 0 && inode == NETNS_INODE.load()
+    if base != 0 && read == 0 {
+        Some(value)
+    } else {
+        None
+    }
 }
 
 /// The local port (host byte order) that a socket had before it was closed; 0

@@ -10,7 +10,7 @@ use interceptor_common::{
 };
 
 use crate::{
-    context::{read, unknown_to_verifier},
+    context::{opaque, read},
     kernel, maps,
 };
 
@@ -23,15 +23,16 @@ pub(crate) fn proxy_port(settings: &Settings, port: u16) -> Option<ProxyPort> {
         Some(ProxyPort::Outbound)
     } else if port == settings.inbound_port {
         Some(ProxyPort::Inbound)
+    } else if port == settings.dns_port {
+        Some(ProxyPort::Dns)
     } else {
         None
     }
 }
 
-/// A socket of the pod's cgroup started to listen. `zero` is one that the
-/// verifier doesn't know.
+/// A socket of the pod's cgroup started to listen.
 #[inline(always)]
-pub(crate) fn listening(ctx: &SockOpsContext, zero: u32) {
+pub(crate) fn listening(ctx: &SockOpsContext) {
     let Some(settings) = maps::settings() else {
         return;
     };
@@ -44,7 +45,7 @@ pub(crate) fn listening(ctx: &SockOpsContext, zero: u32) {
     if sk.is_null() || !kernel::tcp_sock(sk).is_some_and(kernel::in_pod) {
         return;
     }
-    let first = unknown_to_verifier(proxy_port.first_slot(), zero);
+    let first = opaque(proxy_port.first_slot(), settings.generation);
     let registered = register(first, |slot| maps::listeners::insert(slot, ctx.ops));
     if registered {
         info!(ctx, "the proxy listens on port {}", port);

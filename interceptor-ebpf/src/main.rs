@@ -10,6 +10,7 @@
 #![feature(asm_experimental_arch)]
 
 mod context;
+mod dns;
 mod inbound;
 mod kernel;
 mod listeners;

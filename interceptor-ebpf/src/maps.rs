@@ -1,22 +1,26 @@
 //! The maps of a pod. User space fills them, reads them and pins them under
 //! these names.
 
-use core::ptr::null;
+use core::{
+    ffi::c_void,
+    mem::MaybeUninit,
+    ptr::{from_ref, null},
+};
 
 use aya_ebpf::{
     bindings::{
         BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE, bpf_map_type::BPF_MAP_TYPE_SOCKMAP,
     },
-    btf_maps::{Array, HashMap, LpmTrie, PerCpuArray, SkStorage, lpm_trie::Key},
-    helpers::generated::{bpf_sk_storage_delete, bpf_sk_storage_get},
+    btf_maps::{Array, HashMap, LpmTrie, PerCpuArray, SkStorage},
+    helpers::generated::{bpf_map_lookup_elem, bpf_sk_storage_delete, bpf_sk_storage_get},
     macros::btf_map,
 };
 use interceptor_common::{
-    chains::{Chain, Decision},
-    config::Settings,
+    chains::Decision,
+    config::{GENERATIONS, List, Lists, MAX_PREFIXES, PrefixKey, Settings},
     conn::{Address, Endpoint, Handshake, Origin},
-    counters::{COUNTERS as COUNTERS_LEN, Event, decision_index},
-    listeners::SLOTS,
+    counters::{Event, MAX_COUNTERS, decision_index},
+    listeners::{ProxyPort, SLOTS},
     pod::Attachment,
     routes::{MAX_ROUTES, Route},
 };
@@ -25,9 +29,17 @@ use interceptor_common::{
 /// the proxy's socket is established; the memory is taken entry by entry.
 const MAX_HANDSHAKES: usize = 8192;
 
+/// Which of the settings are in force.
+#[btf_map]
+static GENERATION: Array<u32, 1> = Array::new();
+
 /// What the chains compare connections with.
 #[btf_map]
-static SETTINGS: Array<Settings, 1> = Array::new();
+static SETTINGS: Array<Settings, { GENERATIONS as usize }> = Array::new();
+
+/// The lists of the settings.
+#[btf_map]
+static PREFIXES: LpmTrie<PrefixKey, u32, { MAX_PREFIXES as usize }> = LpmTrie::new();
 
 /// The pod's prefixes: which are local, and which source address leads there.
 #[btf_map]
@@ -43,10 +55,13 @@ static HANDSHAKES: HashMap<Handshake, Endpoint, MAX_HANDSHAKES, { BPF_F_NO_PREAL
 #[btf_map]
 static ORIGINS: SkStorage<Origin> = SkStorage::new();
 
-/// The proxy's listeners: [`SLOTS`] for the outbound port, then as many for
-/// the inbound port.
+/// Which DNS server each unconnected socket asked last; freed with it.
 #[btf_map]
-static LISTENERS: SocketMap<{ 2 * SLOTS as usize }> = SocketMap {
+static ASKED: SkStorage<Endpoint> = SkStorage::new();
+
+/// The proxy's listeners: [`SLOTS`] for each [`ProxyPort`].
+#[btf_map]
+static LISTENERS: SocketMap<{ (ProxyPort::COUNT * SLOTS) as usize }> = SocketMap {
     r#type: null(),
     key: null(),
     value: null(),
@@ -108,30 +123,77 @@ pub(crate) mod listeners {
     }
 }
 
-/// One counter per rule and per event.
+/// One counter per event and per rule. The loader makes it as long as the pod
+/// needs.
 #[btf_map]
-static COUNTERS: PerCpuArray<u64, { COUNTERS_LEN as usize }> = PerCpuArray::new();
+static COUNTERS: PerCpuArray<u64, { MAX_COUNTERS as usize }> = PerCpuArray::new();
 
 /// What the loader remembers of the attachment.
 #[btf_map]
 static ATTACHMENT: Array<Attachment, 1> = Array::new();
 
-/// The pod's settings; `None` never happens, an array's elements always exist.
+/// The pod's settings, those in force now; `None` never happens, an array's
+/// elements always exist.
 #[inline(always)]
 pub(crate) fn settings() -> Option<&'static Settings> {
-    SETTINGS.get(0)
+    SETTINGS.get(*GENERATION.get(0)?)
+}
+
+/// The lists of the settings.
+pub(crate) struct ListMap;
+
+impl Lists for ListMap {
+    #[inline(always)]
+    fn rule(&self, generation: u32, version: u32, list: List, key: &Address) -> u32 {
+        let key = PrefixKey::new(generation, version, list, *key);
+        let [a, b, c, d] = key.key.to_be32s();
+        let before = u32::from_ne_bytes([key.generation, key.list, key.version, key.reserved]);
+        let key = [PrefixKey::BITS_BEFORE + 128, before, a, b, c, d];
+        // SAFETY: a key and values of the map's types.
+        unsafe { longest_prefix::<u32>(from_ref(&PREFIXES).cast(), key) }
+            .copied()
+            .unwrap_or(0)
+    }
 }
 
 /// What is known of the way to `address`.
 #[inline(always)]
 pub(crate) fn route(address: &Address) -> Option<&'static Route> {
-    ROUTES.get(&Key::new(128, *address))
+    let [a, b, c, d] = address.to_be32s();
+    // SAFETY: a key and values of the map's types; the last word is not read.
+    unsafe { longest_prefix(from_ref(&ROUTES).cast(), [128, a, b, c, d, 0]) }
 }
 
-/// Counts the rule that decided.
+/// Looks up a trie's longest prefix of `key`: its length in bits, then its bytes.
+///
+/// The key is written to the stack in whole double words. Of smaller writes the
+/// verifier doesn't learn that what was there before doesn't matter, and it
+/// walks what follows once for each way in which that can differ.
+///
+/// # Safety
+///
+/// The map's keys must be no longer than this one, and its values of this type.
 #[inline(always)]
-pub(crate) fn count_decision(chain: Chain, decision: &Decision) {
-    if let Some(index) = decision_index(chain, decision) {
+unsafe fn longest_prefix<V>(map: *const c_void, key: [u32; 6]) -> Option<&'static V> {
+    let words: [u64; 3] = bytemuck::cast(key);
+    let mut stack = MaybeUninit::<[u64; 3]>::uninit();
+    // SAFETY: writes within the array; the helper reads what was written, and
+    // returns null or a value that lives as long as the program runs.
+    unsafe {
+        let first = stack.as_mut_ptr().cast::<u64>();
+        first.write_volatile(words[0]);
+        first.add(1).write_volatile(words[1]);
+        first.add(2).write_volatile(words[2]);
+        bpf_map_lookup_elem(map.cast_mut(), first.cast())
+            .cast::<V>()
+            .as_ref()
+    }
+}
+
+/// Counts the rule that decided about a connection to `destination`.
+#[inline(always)]
+pub(crate) fn count_decision(decision: &Decision, destination: &Address) {
+    if let Some(index) = decision_index(decision, destination.is_v4()) {
         count_at(index);
     }
 }
@@ -247,6 +309,50 @@ pub(crate) mod origins {
         // SAFETY: as in `get`. An error means that there was nothing to forget.
         unsafe {
             bpf_sk_storage_delete(from_ref(&ORIGINS).cast_mut().cast(), sk.cast());
+        }
+    }
+}
+
+/// Which DNS server a socket asked, for a `sk` that the kernel handed to the
+/// program.
+pub(crate) mod asked {
+    use core::ptr::{from_ref, null_mut};
+
+    use aya_ebpf::bindings::bpf_sock;
+
+    use super::{ASKED, BPF_SK_STORAGE_GET_F_CREATE, Endpoint, bpf_sk_storage_get};
+
+    /// The server that `sk` asked last.
+    #[inline(always)]
+    pub(crate) fn get<'a>(sk: *mut bpf_sock) -> Option<&'a Endpoint> {
+        // SAFETY: as in `origins::get`.
+        unsafe {
+            bpf_sk_storage_get(from_ref(&ASKED).cast_mut().cast(), sk.cast(), null_mut(), 0)
+                .cast::<Endpoint>()
+                .as_ref()
+        }
+    }
+
+    /// Makes `sk` remember the server; false if there is no memory for it.
+    #[inline(always)]
+    pub(crate) fn set(sk: *mut bpf_sock, server: &Endpoint) -> bool {
+        // SAFETY: as in `origins::set`. Threads that share a socket may write at
+        // the same time: each word is of one or the other server.
+        unsafe {
+            let storage = bpf_sk_storage_get(
+                from_ref(&ASKED).cast_mut().cast(),
+                sk.cast(),
+                null_mut(),
+                u64::from(BPF_SK_STORAGE_GET_F_CREATE),
+            )
+            .cast::<Endpoint>();
+            match storage.as_mut() {
+                Some(storage) => {
+                    *storage = *server;
+                    true
+                }
+                None => false,
+            }
         }
     }
 }

@@ -7,7 +7,10 @@ use aya_ebpf::{
     macros::cgroup_sockopt,
     programs::SockoptContext,
 };
-use interceptor_common::conn::{Endpoint, Role, TCP, is_proxy_address_v4};
+use interceptor_common::{
+    config::stages,
+    conn::{Endpoint, Role, TCP, is_proxy_address_v4},
+};
 
 use crate::{
     context::{SockAddrIn, SockAddrIn6, bound, read},
@@ -72,13 +75,16 @@ fn original_destination(context: *const bpf_sockopt, sk: *mut bpf_sock) -> Optio
         return None;
     }
     let mut local = bound(sk);
+    let settings = maps::settings()?;
+    if !settings.family(&local.address).has(stages::CHAINS) {
+        // Without chains there is no conntrack, either.
+        return None;
+    }
     if local.port == 0 {
         // After a reset the socket has given its number back.
         local.port = kernel::source_port(sk);
     }
-    if is_proxy_address_v4(&local.address)
-        && matches!(maps::settings(), Some(settings) if proxy_port(settings, local.port).is_some())
-    {
+    if is_proxy_address_v4(&local.address) && proxy_port(settings, local.port).is_some() {
         // Redirected, and forgotten for want of memory: no answer, because the
         // proxy would connect to itself.
         return None;

@@ -13,20 +13,20 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::{debug, warn};
 use interceptor_common::{
-    chains::{Chain, OutputFacts, Owner, Verdict, output},
-    config::Settings,
+    chains::{Chain, Decision, OutputFacts, Verdict, output},
+    config::{LOCALHOST_V4, LOCALHOST_V6, Settings},
     conn::{Address, Endpoint, Handshake, Role, TCP, is_proxy_address_v4, proxy_address_v4},
     counters::Event,
-    routes::RouteKind,
+    routes::{LOOPBACK, RouteKind},
 };
 
 use crate::{
     context::{
-        AF_INET, SockAddrIn, SockAddrIn6, asked_v4, asked_v6, bound, ends, forget, read, set_v4,
-        set_v6, unknown_to_verifier,
+        AF_INET, SockAddrIn, SockAddrIn6, asked_v4, asked_v6, bound, ends, opaque, opaque_address,
+        opaque_bool, read, set_v4, set_v6,
     },
     kernel, listeners,
-    maps::{self, handshakes, origins},
+    maps::{self, ListMap, handshakes, origins},
 };
 
 const REFUSE: i32 = 0;
@@ -43,19 +43,6 @@ enum Connect {
     Redirected,
     /// Fail with `ECONNREFUSED`.
     Refused,
-}
-
-/// What connect() found out before it decides.
-struct Found {
-    destination: Endpoint,
-    source: Address,
-    owner: Option<Owner>,
-    local_port: u16,
-    over_loopback: bool,
-    unreachable: bool,
-    bound_to_any: bool,
-    source_was_chosen: bool,
-    connected_before: bool,
 }
 
 #[cgroup_sock_addr(connect4)]
@@ -132,46 +119,36 @@ fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Connect {
         local.address = Address::UNSPECIFIED;
     }
 
+    let unknown = settings.generation;
     let destination = Endpoint::new(
-        effective_destination(settings, &endpoint.address, &local.address),
+        opaque_address(
+            &effective_destination(&endpoint.address, &local.address),
+            unknown,
+        ),
         endpoint.port,
     );
     let route = maps::route(&destination.address);
     let over_loopback = matches!(route, Some(route) if route.is(RouteKind::Local));
+    let over_loopback = opaque_bool(over_loopback, unknown);
     let unreachable = !matches!(route, Some(route) if !route.is(RouteKind::Unreachable));
-    let route_source = match route {
-        Some(route) => route.source,
-        None => Address::UNSPECIFIED,
+    let unreachable = opaque_bool(unreachable, unknown);
+    let (route_source, route_interface) = match route {
+        Some(route) => (route.source, route.out_interface),
+        None => (Address::UNSPECIFIED, 0),
     };
-    let bound_to_any = local.address.is_unspecified();
+    let out_interface = match read!(sk, bound_dev_if) {
+        _ if over_loopback => LOOPBACK,
+        0 => route_interface,
+        device => device,
+    };
+    let out_interface = opaque(out_interface, unknown);
+    let bound_to_any = opaque_bool(local.address.is_unspecified(), unknown);
     let source = if bound_to_any {
         route_source
     } else {
         local.address
     };
-    let mut found = Found {
-        destination,
-        source,
-        owner: kernel::owner(sock),
-        local_port: local.port,
-        over_loopback,
-        unreachable,
-        bound_to_any,
-        source_was_chosen,
-        connected_before: previous.is_some(),
-    };
-    forget(&mut found);
-    let Found {
-        destination,
-        source,
-        owner,
-        local_port,
-        over_loopback,
-        unreachable,
-        bound_to_any,
-        source_was_chosen,
-        connected_before,
-    } = found;
+    let source = opaque_address(&source, unknown);
 
     let verdict = if destination.address.is_never_reachable()
         || (source.is_v4() && source.is_loopback() && !over_loopback)
@@ -184,13 +161,14 @@ fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Connect {
             protocol: TCP,
             source,
             destination: destination.address,
+            destination_port: destination.port,
             over_loopback,
-            owner,
+            out_interface,
+            owner: kernel::owner(sock),
         };
-        let mut decision = output(settings, &facts);
-        decision.rule = unknown_to_verifier(decision.rule, read!(ctx.sock_addr, protocol) ^ TCP);
+        let decision = forgotten(settings, output(settings, &ListMap, &facts));
         if !unreachable {
-            maps::count_decision(Chain::Output, &decision);
+            maps::count_decision(&decision, &destination.address);
         }
         debug!(
             ctx,
@@ -210,7 +188,7 @@ fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Connect {
             if source_was_chosen {
                 unbind(ctx.sock_addr, sk, &endpoint.address);
             }
-            if connected_before {
+            if previous.is_some() {
                 origins::forget(sk);
             }
             return Connect::AsAsked;
@@ -227,6 +205,7 @@ fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Connect {
         }
         Verdict::Outbound => settings.outbound_port,
         Verdict::Inbound => settings.inbound_port,
+        Verdict::Dns => settings.dns_port,
     };
 
     *endpoint = Endpoint::new(
@@ -236,7 +215,7 @@ fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Connect {
             // SAFETY: no arguments.
             proxy_address_v4(unsafe { bpf_get_prandom_u32() })
         } else {
-            settings.localhost_v6
+            LOCALHOST_V6.into()
         },
         port,
     );
@@ -244,7 +223,7 @@ fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Connect {
     if bound_to_any {
         if source.is_unspecified() {
             maps::count(Event::SourceNotKept);
-        } else if local_port != 0 || !source.is_v4() {
+        } else if local.port != 0 || !source.is_v4() {
             // A port bound to any address can't be bound again, and bind()
             // would make an AF_INET6 socket IPv6's alone for ever. To the
             // proxy's port on the source address itself, that is the source.
@@ -269,17 +248,39 @@ fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Connect {
     }
 }
 
+/// The decision, about which the verifier knows nothing any more.
+#[inline(always)]
+pub(crate) fn forgotten(settings: &Settings, decision: Decision) -> Decision {
+    let number = |value| opaque(value, settings.generation);
+    let verdict = number(decision.verdict as u32);
+    Decision {
+        verdict: match verdict {
+            1 => Verdict::Outbound,
+            2 => Verdict::Inbound,
+            3 => Verdict::Dns,
+            _ => Verdict::Direct,
+        },
+        chain: match number(decision.chain as u32) {
+            0 => Chain::Out,
+            2 => Chain::In,
+            3 => Chain::Inbound,
+            _ => Chain::Output,
+        },
+        rule: number(decision.rule),
+    }
+}
+
 /// Where the kernel would really go: an unspecified destination is the source
 /// address for IPv4 (`__ip_route_output_key`), and localhost if that is
 /// unspecified too, or for IPv6 (`tcp_v6_connect`).
 #[inline(always)]
-fn effective_destination(settings: &Settings, asked: &Address, bound: &Address) -> Address {
+pub(crate) fn effective_destination(asked: &Address, bound: &Address) -> Address {
     if !asked.is_unspecified() {
         *asked
     } else if !asked.is_v4() && !bound.is_v4() {
-        settings.localhost_v6
+        LOCALHOST_V6.into()
     } else if bound.is_unspecified() || !asked.is_v4() {
-        settings.localhost_v4
+        LOCALHOST_V4.into()
     } else {
         *bound
     }
@@ -287,7 +288,7 @@ fn effective_destination(settings: &Settings, asked: &Address, bound: &Address) 
 
 /// Binds the socket to `source` and to no port; false if the kernel won't.
 #[inline(always)]
-fn bind(context: *mut bpf_sock_addr, sk: *const bpf_sock, source: Address) -> bool {
+pub(crate) fn bind(context: *mut bpf_sock_addr, sk: *const bpf_sock, source: Address) -> bool {
     let endpoint = Endpoint::new(source, 0);
     if read!(sk, family) == AF_INET {
         bind_to(context, SockAddrIn::from(endpoint))
@@ -310,7 +311,7 @@ fn bind_to<T>(context: *mut bpf_sock_addr, mut address: T) -> bool {
 
 /// Takes back the source address that an earlier connect() was given.
 #[inline(always)]
-fn unbind(context: *mut bpf_sock_addr, sk: *const bpf_sock, asked: &Address) {
+pub(crate) fn unbind(context: *mut bpf_sock_addr, sk: *const bpf_sock, asked: &Address) {
     let any = if asked.is_v4() {
         Address::v4([0; 4])
     } else {
@@ -343,10 +344,7 @@ pub(crate) fn sock_ops(ctx: SockOpsContext) -> u32 {
                 closed(&ctx);
             }
         }
-        TCP_LISTEN_CB => {
-            let zero = read!(ctx.ops, op) ^ TCP_LISTEN_CB;
-            listeners::listening(&ctx, zero);
-        }
+        TCP_LISTEN_CB => listeners::listening(&ctx),
         _ => {}
     }
     1
@@ -412,7 +410,10 @@ fn accepted(ctx: &SockOpsContext) {
         return;
     };
     let port = read!(ctx.ops, local_port);
-    if port != u32::from(settings.outbound_port) && port != u32::from(settings.inbound_port) {
+    if port != u32::from(settings.outbound_port)
+        && port != u32::from(settings.inbound_port)
+        && port != u32::from(settings.dns_port)
+    {
         return;
     }
     let sk = read!(ctx.ops, __bindgen_anon_2.sk);

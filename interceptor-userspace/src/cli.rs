@@ -5,8 +5,13 @@ mod attach;
 mod chains;
 mod check;
 mod detach;
+mod explain;
+mod import;
+mod istio_iptables;
 mod logs;
 mod proxy;
+mod set;
+mod settings;
 mod status;
 
 use std::{io::Write as _, path::PathBuf, process::ExitCode};
@@ -54,12 +59,21 @@ enum Output {
 enum Command {
     /// Attach a pod: from here on its connections go through its proxy.
     Attach(attach::Args),
+    /// Change an attached pod's settings, at once: each connection meets the old or the new.
+    Set(set::Args),
     /// Detach a pod and remove all that attaching made.
     Detach(detach::Args),
     /// Show what is attached.
     Status(status::Args),
     /// Show a pod's chains, and how many connections each rule has decided.
     Chains(chains::Args),
+    /// Say which rule decides about a connection, and why.
+    Explain(explain::Args),
+    /// Read the settings off a pod's iptables chains.
+    Import(import::Args),
+    /// Take the place of the mesh's own tool: the same flags and environment variables.
+    #[command(name = "istio-iptables")]
+    IstioIptables(istio_iptables::Args),
     /// Check whether this machine can run Interceptor, and what stands in its way.
     Check(check::Args),
     /// Follow what a pod's kernel programs log.
@@ -74,13 +88,22 @@ pub(crate) fn main() -> ExitCode {
     let pins = Pins::at(cli.pins);
     let result = match cli.command {
         Command::Attach(args) => attach::run(args, &pins, cli.output),
+        Command::Set(args) => set::run(&args, &pins, cli.output),
         Command::Detach(args) => detach::run(&args, &pins, cli.output),
         Command::Status(args) => status::run(args, &pins, cli.output),
         Command::Chains(args) => chains::run(&args, &pins, cli.output),
+        Command::Explain(args) => explain::run(&args, &pins, cli.output),
+        Command::Import(args) => import::run(&args, cli.output),
+        Command::IstioIptables(args) => return istio_iptables::run(&args, &pins),
         Command::Check(args) => check::run(&args, cli.output),
         Command::Logs(args) => logs::run(&args, &pins),
         Command::Proxy(args) => proxy::run(args, cli.output),
     };
+    exit_code(result)
+}
+
+/// The exit code of a command that ended so; says why it failed.
+fn exit_code(result: anyhow::Result<()>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,

@@ -20,6 +20,17 @@ pub enum Error {
         name: String,
     },
 
+    /// A setting that can't be.
+    #[error("{name}: `{value}` {problem}")]
+    Setting {
+        /// What is set.
+        name: String,
+        /// To what.
+        value: String,
+        /// Why it can't be, and what to give instead.
+        problem: String,
+    },
+
     /// The caller lacks a privilege.
     #[error("needs root (CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON, CAP_SYS_ADMIN): run it with sudo")]
     NotRoot,
@@ -197,6 +208,19 @@ pub enum Error {
 }
 
 impl Error {
+    /// A setting that can't be.
+    pub(crate) fn setting(
+        name: impl Into<String>,
+        value: impl ToString,
+        problem: impl ToString,
+    ) -> Self {
+        Self::Setting {
+            name: name.into(),
+            value: value.to_string(),
+            problem: problem.to_string(),
+        }
+    }
+
     /// A failed system call.
     pub(crate) fn system(operation: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::System {

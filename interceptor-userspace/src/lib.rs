@@ -1,7 +1,8 @@
 //! Loads Interceptor's kernel programs for a pod and feeds their maps.
 //!
 //! [`check`] tells whether the machine can run it, [`pod`] what a pod is,
-//! [`datapath`] attaches it, and [`proxy`] is a small proxy to try it with.
+//! [`settings`] what it can be told, [`datapath`] attaches it, and [`proxy`] is
+//! a small proxy to try it with.
 //! Nothing here prints.
 
 pub mod check;
@@ -9,5 +10,7 @@ pub mod datapath;
 mod error;
 pub mod pod;
 pub mod proxy;
+pub mod settings;
+pub mod validation;
 
 pub use error::{Error, Result};

@@ -3,6 +3,7 @@
 pub mod cgroup;
 pub(crate) mod listeners;
 pub mod netns;
+pub(crate) mod user_namespace;
 
 use std::{fmt, str::FromStr};
 

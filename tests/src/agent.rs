@@ -79,6 +79,12 @@ pub struct Listen {
     pub backlog: i32,
     /// Whose the sockets are.
     pub owner: Credentials,
+    /// Whether the sockets answer from addresses that aren't the host's
+    /// (`IP_TRANSPARENT`).
+    pub transparent: bool,
+    /// Whether they are of UDP: each datagram is answered with what the server
+    /// saw.
+    pub datagrams: bool,
 }
 
 impl Listen {
@@ -91,6 +97,8 @@ impl Listen {
             sockets: 1,
             backlog: 128,
             owner: Credentials::ROOT,
+            transparent: false,
+            datagrams: false,
         }
     }
 
@@ -117,6 +125,21 @@ pub struct Connect {
     pub timeout: Duration,
     /// How many bytes to send for the server to echo.
     pub payload: usize,
+    /// By which protocol, and which calls.
+    pub means: Means,
+}
+
+/// How a client talks to a server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Means {
+    /// TCP.
+    Tcp,
+    /// UDP, by sendto() and recvfrom(): the peer's name is where the answer came
+    /// from.
+    Datagram,
+    /// UDP, by connect() and send(); the answer must come from the peer.
+    ConnectedDatagram,
 }
 
 impl Connect {
@@ -129,6 +152,7 @@ impl Connect {
             nonblocking: false,
             timeout: Duration::from_secs(5),
             payload: 1000,
+            means: Means::Tcp,
         }
     }
 }

@@ -637,24 +637,31 @@ fn differs_by_design(expected: &Row, observed: &Row) -> bool {
     let (Ok(iptables), Ok(interceptor)) = (parse(expected), parse(observed)) else {
         return false;
     };
-    let through_proxy = [15001, 15006]
+    let through_proxy = [15001, 15006, 15053]
         .map(|port| format!("PROXY:{port}"))
         .contains(&expected.observed.served_by);
     match expected.case.from {
         // REDIRECT sends to 127.0.0.1. Interceptor spreads over 127.15.1.0/24,
         // so that not all destinations share one range of ephemeral ports. In
         // IPv6 it sends to the source address, which needs no bind() to be kept.
+        // TPROXY leaves what the proxy connects to its own pod where it was sent.
         Host::Pod => {
+            let to = SocketAddr::new(
+                expected.case.to.ip().to_canonical(),
+                expected.case.to.port(),
+            );
+            let by_tproxy = iptables == to && interceptor.port() == 15006;
             let sent_to = match interceptor.ip() {
                 IpAddr::V4(v4) => {
-                    iptables.ip() == Ipv4Addr::LOCALHOST && v4.octets()[..3] == [127, 15, 1]
+                    (by_tproxy || iptables.ip() == Ipv4Addr::LOCALHOST)
+                        && v4.octets()[..3] == [127, 15, 1]
                 }
                 IpAddr::V6(v6) => {
-                    iptables.ip() == Ipv6Addr::LOCALHOST
+                    (by_tproxy || iptables.ip() == Ipv6Addr::LOCALHOST)
                         && expected.observed.client_getsockname == format!("[{v6}]:*")
                 }
             };
-            through_proxy && sent_to && interceptor.port() == iptables.port()
+            through_proxy && sent_to && (by_tproxy || interceptor.port() == iptables.port())
         }
         // REDIRECT changes the port. Interceptor leaves the packet alone and
         // chooses the socket: its local address is the one the client dialled.

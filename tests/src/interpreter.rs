@@ -51,6 +51,7 @@ enum Test {
     InInterface(String),
     OutInterface(String),
     DestinationPort(RangeInclusive<u16>),
+    DestinationPorts(Vec<RangeInclusive<u16>>),
     Uid(u32),
     Gid(u32),
 }
@@ -157,6 +158,15 @@ impl Table {
         Outcome { ending, trace }
     }
 
+    /// Whether the rule leads to another chain, from which a packet may return.
+    pub fn is_jump(&self, step: Step<'_>) -> bool {
+        self.chains
+            .iter()
+            .find(|chain| chain.name == step.chain)
+            .and_then(|chain| chain.rules.get(step.rule as usize - 1))
+            .is_some_and(|rule| matches!(rule.target, Target::Jump(_)))
+    }
+
     /// The end that the packet finds in the chain or in those that it jumps
     /// to; `None` if the chain returns to where it was called.
     fn walk<'a>(
@@ -222,6 +232,9 @@ impl Condition {
             Test::InInterface(name) => in_interface == name,
             Test::OutInterface(name) => out_interface == name,
             Test::DestinationPort(ports) => ports.contains(&packet.destination_port),
+            Test::DestinationPorts(list) => list
+                .iter()
+                .any(|ports| ports.contains(&packet.destination_port)),
             Test::Uid(uid) => owner.is_some_and(|owner| owner.uid == *uid),
             Test::Gid(gid) => owner.is_some_and(|owner| owner.gid == *gid),
         };
@@ -388,7 +401,7 @@ fn read_conditions<'a>(
     words: &mut impl Iterator<Item = &'a str>,
 ) -> Result<Vec<Condition>, String> {
     let mut conditions: Vec<Condition> = Vec::new();
-    let (mut tcp_loaded, mut owner_loaded) = (false, false);
+    let (mut ports_loaded, mut multiport_loaded, mut owner_loaded) = (false, false, false);
     loop {
         let mut option = words.next().ok_or("no target")?;
         let inverted = option == "!";
@@ -404,8 +417,16 @@ fn read_conditions<'a>(
         let test = match option {
             "-m" if !inverted => {
                 match value {
-                    "tcp" if has_protocol(&conditions, TCP) => tcp_loaded = true,
+                    "tcp" if has_protocol(&conditions, TCP) => ports_loaded = true,
                     "tcp" => return Err("-m tcp needs -p tcp".to_owned()),
+                    "udp" if has_protocol(&conditions, UDP) => ports_loaded = true,
+                    "udp" => return Err("-m udp needs -p udp".to_owned()),
+                    "multiport"
+                        if has_protocol(&conditions, TCP) || has_protocol(&conditions, UDP) =>
+                    {
+                        multiport_loaded = true;
+                    }
+                    "multiport" => return Err("-m multiport needs -p tcp or udp".to_owned()),
                     "owner" => owner_loaded = true,
                     _ => return Err(format!("unknown match {value}")),
                 }
@@ -416,15 +437,20 @@ fn read_conditions<'a>(
             "-d" => Test::Destination(read_network(value)?),
             "-i" => Test::InInterface(read_interface(value)?),
             "-o" => Test::OutInterface(read_interface(value)?),
-            "--dport" if tcp_loaded => Test::DestinationPort(read_ports(value)?),
+            "--dports" if multiport_loaded => {
+                Test::DestinationPorts(value.split(',').map(read_ports).collect::<Result<_, _>>()?)
+            }
+            "--dport" if ports_loaded => Test::DestinationPort(read_ports(value)?),
             "--uid-owner" if owner_loaded => Test::Uid(read_id(value)?),
             "--gid-owner" if owner_loaded => Test::Gid(read_id(value)?),
             _ if inverted => return Err(format!("unknown option ! {option}")),
             _ => return Err(format!("unknown option {option}")),
         };
-        if conditions
-            .iter()
-            .any(|other| discriminant(&other.test) == discriminant(&test))
+        // Each `-m owner` is a match of its own.
+        if !matches!(test, Test::Uid(_) | Test::Gid(_))
+            && conditions
+                .iter()
+                .any(|other| discriminant(&other.test) == discriminant(&test))
         {
             return Err(format!("{option} is given twice"));
         }

@@ -32,8 +32,29 @@ impl Flavour {
     }
 }
 
-/// Installs the chains in the pod, and the address `::6` as the mesh's own
-/// tool does.
+/// Which version of IP: each has tables of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Version {
+    /// iptables.
+    V4,
+    /// ip6tables.
+    V6,
+}
+
+impl Version {
+    /// Both.
+    pub const BOTH: [Self; 2] = [Self::V4, Self::V6];
+
+    const fn command(self) -> &'static str {
+        match self {
+            Self::V4 => "iptables",
+            Self::V6 => "ip6tables",
+        }
+    }
+}
+
+/// Installs the sidecar's chains in the pod, and the address `::6` as the mesh's
+/// own tool does.
 ///
 /// # Errors
 ///
@@ -44,20 +65,44 @@ pub fn install(pod: &Pod, flavour: Flavour) -> Result<()> {
     pod.netns()
         .sysctl("netfilter/nf_conntrack_tcp_timeout_time_wait", "1")?;
     pod.netns().ip("-6 addr add ::6/128 dev lo")?;
-    for (command, rules) in [("iptables", RULES_V4), ("ip6tables", RULES_V6)] {
-        let mut input = tempfile::tempfile().context("make a temporary file")?;
-        input.write_all(rules.as_bytes())?;
-        input.rewind()?;
-        pod.netns().enter(|| {
-            run(
-                Command::new(format!("{command}-{}-restore", flavour.name()))
-                    .args(["--wait", "10"])
-                    .stdin(input),
-            )
-            .context("install the chains (Debian: apt-get install iptables)")
-        })?;
-    }
-    Ok(())
+    restore(pod, flavour, Version::V4, RULES_V4)?;
+    restore(pod, flavour, Version::V6, RULES_V6)
+}
+
+/// Makes the pod's tables those of the text, which replaces what the tables that
+/// it names held.
+///
+/// # Errors
+///
+/// If iptables is missing or refuses them.
+pub fn restore(pod: &Pod, flavour: Flavour, version: Version, rules: &str) -> Result<()> {
+    let mut input = tempfile::tempfile().context("make a temporary file")?;
+    input.write_all(rules.as_bytes())?;
+    input.rewind()?;
+    pod.netns().enter(|| {
+        run(
+            Command::new(format!("{}-{}-restore", version.command(), flavour.name()))
+                .args(["--wait", "10"])
+                .stdin(input),
+        )
+        .with_context(|| format!("install the chains (Debian: apt-get install iptables)\n{rules}"))
+        .map(drop)
+    })
+}
+
+/// All the pod's tables, as `iptables-save` or `ip6tables-save` prints them.
+///
+/// # Errors
+///
+/// If iptables fails.
+pub fn save_all(pod: &Pod, flavour: Flavour, version: Version) -> Result<String> {
+    pod.netns().enter(|| {
+        run(&mut Command::new(format!(
+            "{}-{}-save",
+            version.command(),
+            flavour.name()
+        )))
+    })
 }
 
 /// The pod's NAT chains and their counters, as `iptables-save -c` prints them.

@@ -14,6 +14,7 @@ pub mod inside;
 pub mod interception;
 pub mod interpreter;
 pub mod iptables;
+pub mod mesh;
 pub mod netns;
 pub mod pod;
 pub mod proxies;

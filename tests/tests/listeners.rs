@@ -213,7 +213,7 @@ fn more_listeners_than_slots_still_serve() -> Result<()> {
         })
         .collect::<Result<_>>()?;
     ensure!(world.cli.event(world.name(), WORDS)? == 4);
-    let registered = serde_json::json!({"outbound": 128, "inbound": 128});
+    let registered = serde_json::json!({"outbound": 128, "inbound": 128, "dns": 0});
     ensure!(world.cli.status(world.name())?["listeners"] == registered);
     let serves = Serves {
         out: [true, false],
@@ -273,7 +273,7 @@ fn a_listener_in_another_network_namespace_is_not_the_proxys() -> Result<()> {
             Ok(start_server(way, stranger.listen(address)?))
         })
         .collect::<Result<_>>()?;
-    let none = serde_json::json!({"outbound": 0, "inbound": 0});
+    let none = serde_json::json!({"outbound": 0, "inbound": 0, "dns": 0});
     ensure!(world.cli.status(world.name())?["listeners"] == none);
     Serves::NONE.check(&world)
 }

@@ -1,20 +1,25 @@
-//! Interceptor's policy against an interpreter of the chains' own text, for
-//! every combination of what the chains look at.
+//! Interceptor's policy against an interpreter of the chains' own text: the seed
+//! chains for every combination of what they look at, and the chains that the
+//! mesh's own tool makes of random settings for what those tell apart.
 
 #![expect(clippy::print_stdout, reason = "says how much was compared")]
 
 use std::{
     collections::BTreeSet,
-    fmt::Write,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr},
 };
 
-use interceptor_common::{
-    chains::{self, Chain, Decision, InboundFacts, OutputFacts, Verdict},
-    config::{MAX_EXCLUDED_PORTS, MAX_OWNERS, Owners, Ports, Settings},
+use interceptor_common::chains::{self, Chain, Decision, InboundFacts, OutputFacts, Verdict};
+use interceptor_tests::{
+    interpreter::{Ending, Origin, Outcome, Owner, Packet, ParseError, Step, Table},
+    iptables::Version,
+    mesh::{Dns, Mesh, Mode, random, strings},
 };
-use interceptor_tests::interpreter::{
-    Ending, Origin, Outcome, Owner, Packet, ParseError, Step, Table,
+use interceptor_userspace::settings::{Compiled, Place, Settings};
+use proptest::{
+    prelude::*,
+    strategy::ValueTree,
+    test_runner::{Config, FileFailurePersistence},
 };
 
 const SEED_RULES: &str = include_str!("../oracle/seed-rules.v4");
@@ -32,6 +37,25 @@ const IDS: [u32; 6] = [1337, 1336, 1338, 0, 2000, u32::MAX];
 const PORTS: [u16; 8] = [22, 15090, 15020, 15001, 15006, 8080, 0, 65535];
 
 const POD: &str = "10.77.0.2";
+
+/// The interfaces of the place that settings are compiled for, by their indexes.
+const ALL_INTERFACES: [&str; 4] = ["lo", "eth0", "eth1", "eth2"];
+
+fn index_of(interface: &str) -> u32 {
+    let index = ALL_INTERFACES.iter().position(|name| *name == interface);
+    u32::try_from(index.unwrap() + 1).unwrap()
+}
+
+fn compile(settings: &Settings) -> Compiled {
+    let place = Place {
+        interfaces: ALL_INTERFACES
+            .iter()
+            .map(|name| ((*name).to_owned(), index_of(name)))
+            .collect(),
+        ..Place::default()
+    };
+    settings.compile(&place, 0).unwrap()
+}
 
 #[derive(Clone, Copy, Debug)]
 enum Family {
@@ -107,28 +131,63 @@ fn table(text: &str) -> Table {
     text.parse().unwrap_or_else(|e: ParseError| panic!("{e}"))
 }
 
-/// What a chain decided: its last rule that matched, and where that led.
-fn decision(outcome: &Outcome<'_>, chain: &str) -> Decision {
-    let Some(at) = outcome.trace.iter().rposition(|s| s.chain == chain) else {
-        return Decision {
-            verdict: Verdict::Direct,
-            rule: 0,
-        };
+/// What the table decided, and by which rule.
+fn decision(table: &Table, outcome: &Outcome<'_>) -> Decision {
+    let (verdict, step) = match outcome.ending {
+        // RETURN ends a chain; a jump that came back has decided nothing.
+        Ending::Accept => (
+            Verdict::Direct,
+            outcome.trace.iter().rfind(|step| !table.is_jump(**step)),
+        ),
+        Ending::Redirect { port } => (
+            match port {
+                15001 | 16001 => Verdict::Outbound,
+                15006 | 16006 => Verdict::Inbound,
+                15053 => Verdict::Dns,
+                other => panic!("redirected to {other}"),
+            },
+            outcome.trace.iter().rev().nth(1),
+        ),
     };
-    let verdict = match outcome.trace.get(at + 1).map(|step| step.chain) {
-        None => Verdict::Direct,
-        Some("ISTIO_IN_REDIRECT") => Verdict::Inbound,
-        Some("ISTIO_REDIRECT") => Verdict::Outbound,
-        Some(other) => panic!("{chain} led to {other}"),
+    let Some(step) = step else {
+        return NO_RULE;
     };
     Decision {
         verdict,
-        rule: outcome.trace[at].rule,
+        chain: match step.chain {
+            "OUTPUT" => Chain::Out,
+            "ISTIO_OUTPUT" => Chain::Output,
+            "PREROUTING" => Chain::In,
+            "ISTIO_INBOUND" => Chain::Inbound,
+            other => panic!("decided in {other}"),
+        },
+        rule: step.rule,
+    }
+}
+
+const NO_RULE: Decision = Decision {
+    verdict: Verdict::Direct,
+    chain: Chain::Output,
+    rule: 0,
+};
+
+/// The decision; without a rule it has no chain.
+fn normal(decision: Decision) -> Decision {
+    if decision
+        == (Decision {
+            chain: decision.chain,
+            ..NO_RULE
+        })
+    {
+        NO_RULE
+    } else {
+        decision
     }
 }
 
 /// How the table must end a connection with this verdict.
-fn ending(settings: &Settings, verdict: Verdict) -> Ending {
+fn ending(compiled: &Compiled, verdict: Verdict) -> Ending {
+    let settings = &compiled.settings;
     match verdict {
         Verdict::Direct => Ending::Accept,
         Verdict::Outbound => Ending::Redirect {
@@ -137,11 +196,14 @@ fn ending(settings: &Settings, verdict: Verdict) -> Ending {
         Verdict::Inbound => Ending::Redirect {
             port: settings.inbound_port,
         },
+        Verdict::Dns => Ending::Redirect {
+            port: settings.dns_port,
+        },
     }
 }
 
 /// The policy's answer for the packet of a connection that the pod makes.
-fn policy_output(settings: &Settings, packet: &Packet<'_>) -> Decision {
+fn policy_output(compiled: &Compiled, packet: &Packet<'_>) -> Decision {
     let Origin::Inside {
         out_interface,
         owner,
@@ -153,32 +215,46 @@ fn policy_output(settings: &Settings, packet: &Packet<'_>) -> Decision {
         protocol: packet.protocol.into(),
         source: packet.source.into(),
         destination: packet.destination.into(),
+        destination_port: packet.destination_port,
         over_loopback: out_interface == "lo",
+        out_interface: index_of(out_interface),
         owner: owner.map(|Owner { uid, gid }| chains::Owner { uid, gid }),
     };
-    chains::output(settings, &facts)
+    normal(chains::output(
+        &compiled.settings,
+        &compiled.prefixes,
+        &facts,
+    ))
 }
 
 /// The policy's answer for the packet of a connection that arrives.
-fn policy_inbound(settings: &Settings, packet: &Packet<'_>) -> Decision {
+fn policy_inbound(compiled: &Compiled, packet: &Packet<'_>) -> Decision {
     let facts = InboundFacts {
         protocol: packet.protocol.into(),
+        destination: packet.destination.into(),
         destination_port: packet.destination_port,
+        in_interface: match packet.origin {
+            Origin::Inside { .. } => index_of("lo"),
+            Origin::Outside { in_interface } => index_of(in_interface),
+        },
         from_inside: matches!(packet.origin, Origin::Inside { .. }),
     };
-    chains::inbound(settings, &facts)
+    normal(chains::inbound(
+        &compiled.settings,
+        &compiled.prefixes,
+        &facts,
+    ))
 }
 
 /// Compares all connections that the pod can make; returns how many.
 fn compare_output(
     table: &Table,
-    settings: &Settings,
+    compiled: &Compiled,
     family: Family,
     ids: &BTreeSet<u32>,
     ports: &BTreeSet<u16>,
 ) -> usize {
     let (sources, destinations, owners) = (family.sources(), family.destinations(), owners(ids));
-    let chain = Chain::Output.to_string();
     let mut comparisons = 0;
     for protocol in PROTOCOLS {
         for out_interface in INTERFACES {
@@ -197,10 +273,10 @@ fn compare_output(
                                 destination_port,
                             };
                             let outcome = table.connection(&packet);
-                            let policy = policy_output(settings, &packet);
-                            assert_eq!(policy, decision(&outcome, &chain), "{packet:?}");
+                            let policy = policy_output(compiled, &packet);
+                            assert_eq!(policy, decision(table, &outcome), "{packet:?}");
                             assert_eq!(
-                                ending(settings, policy.verdict),
+                                ending(compiled, policy.verdict),
                                 outcome.ending,
                                 "{packet:?}"
                             );
@@ -225,7 +301,7 @@ fn compare_output(
 
 /// Compares connections that arrive, for every port; returns how many. Those
 /// that arrive over `lo` come from inside.
-fn compare_inbound(table: &Table, settings: &Settings, family: Family) -> usize {
+fn compare_inbound(table: &Table, compiled: &Compiled, family: Family) -> usize {
     let origins = INTERFACES.map(|interface| match interface {
         "lo" => Origin::Inside {
             out_interface: interface,
@@ -236,7 +312,6 @@ fn compare_inbound(table: &Table, settings: &Settings, family: Family) -> usize 
         },
     });
     let (sources, destinations) = (family.sources(), family.destinations());
-    let chain = Chain::Inbound.to_string();
     let mut comparisons = 0;
     for protocol in PROTOCOLS {
         for origin in origins {
@@ -250,15 +325,17 @@ fn compare_inbound(table: &Table, settings: &Settings, family: Family) -> usize 
                             destination,
                             destination_port,
                         };
-                        let outcome = table.connection(&packet);
-                        let policy = policy_inbound(settings, &packet);
-                        assert_eq!(policy, decision(&outcome, &chain), "{packet:?}");
+                        let policy = policy_inbound(compiled, &packet);
                         if matches!(origin, Origin::Outside { .. }) {
+                            let outcome = table.connection(&packet);
+                            assert_eq!(policy, decision(table, &outcome), "{packet:?}");
                             assert_eq!(
-                                ending(settings, policy.verdict),
+                                ending(compiled, policy.verdict),
                                 outcome.ending,
                                 "{packet:?}"
                             );
+                        } else {
+                            assert_eq!(policy, NO_RULE, "{packet:?}");
                         }
                         comparisons += 1;
                     }
@@ -278,7 +355,7 @@ fn compare_seed_output(family: Family) {
     let ports = with_neighbours(PORTS);
     let n = compare_output(
         &table,
-        &Settings::default(),
+        &compile(&Settings::default()),
         family,
         &BTreeSet::from(IDS),
         &ports,
@@ -288,7 +365,7 @@ fn compare_seed_output(family: Family) {
 
 fn compare_seed_inbound(family: Family) {
     let table = table(&family.of_v4(SEED_RULES));
-    let n = compare_inbound(&table, &Settings::default(), family);
+    let n = compare_inbound(&table, &compile(&Settings::default()), family);
     println!("{n} comparisons of ISTIO_INBOUND, {family:?}");
 }
 
@@ -312,229 +389,211 @@ fn the_inbound_chain_v6() {
     compare_seed_inbound(Family::V6);
 }
 
-/// Settings, and the chains that the mesh's own tool makes of them.
-#[derive(Clone, Copy, Debug)]
-struct Case {
-    uids: &'static [u32],
-    gids: &'static [u32],
-    excluded_inbound_ports: &'static [u16],
-    outbound_port: u16,
-    inbound_port: u16,
-    passthrough: (Ipv4Addr, Ipv6Addr),
-    localhost: (Ipv4Addr, Ipv6Addr),
+/// Settings of the mesh's own tool as Interceptor's.
+fn settings(mesh: &Mesh) -> Settings {
+    serde_json::from_value(mesh.json()).unwrap()
 }
 
-const MESH: Case = Case {
-    uids: &[1337],
-    gids: &[1337],
-    excluded_inbound_ports: &[22, 15090, 15020],
-    outbound_port: 15001,
-    inbound_port: 15006,
-    passthrough: (
-        Ipv4Addr::new(127, 0, 0, 6),
-        Ipv6Addr::new(0, 0, 0, 0, 0, 0, 0, 6),
-    ),
-    localhost: (Ipv4Addr::LOCALHOST, Ipv6Addr::LOCALHOST),
-};
+/// Compares one connection, for the table that the mesh's own tool would make;
+/// false if they differ.
+fn same(mesh: &Mesh, table: &Table, compiled: &Compiled, packet: &Packet<'_>) -> bool {
+    let outcome = table.connection(packet);
+    let policy = match packet.origin {
+        Origin::Inside { .. } => policy_output(compiled, packet),
+        Origin::Outside { .. } => policy_inbound(compiled, packet),
+    };
+    // Packets that nothing captures walk the mesh's chains in vain.
+    let walks = match packet.origin {
+        Origin::Inside { .. } => {
+            packet.protocol == TCP || packet.protocol == UDP && mesh.dns != Dns::Off
+        }
+        Origin::Outside { .. } => packet.protocol == TCP && !mesh.inbound_ports.is_empty(),
+    };
+    let same_rule = !walks
+        || mesh.mode == Mode::None
+        || matches!(&mesh.dns, Dns::Servers(servers) if servers.is_empty())
+        || policy == decision(table, &outcome);
+    same_rule && ending(compiled, policy.verdict) == outcome.ending
+}
 
-const NOTHING: Case = Case {
-    uids: &[],
-    gids: &[],
-    excluded_inbound_ports: &[],
-    ..MESH
-};
+/// A random choice among what some settings tell apart.
+fn connection(mesh: &Mesh, random: [usize; 7]) -> Packet<'static> {
+    fn one<T: Clone>(from: &[T], random: usize) -> T {
+        from[random % from.len()].clone()
+    }
+    let [
+        inside,
+        interface,
+        owner,
+        protocol,
+        source,
+        destination,
+        port,
+    ] = random;
+    let mut destinations = mesh.destinations();
+    destinations.extend(
+        [
+            "127.0.0.1",
+            "127.0.0.2",
+            "127.0.0.4",
+            "127.1.0.0",
+            POD,
+            "::1",
+            "fd00:77::2",
+        ]
+        .map(|address| address.parse::<IpAddr>().unwrap()),
+    );
+    let destination = one(&destinations, destination);
+    let source = if destination.is_ipv4() {
+        one(&["127.0.0.6", "127.0.0.7", POD, "10.77.0.1"], source)
+    } else {
+        one(&["::6", "::7", "fd00:77::2", "fd00:77::1"], source)
+    };
+    let protocols = [TCP, TCP, TCP, UDP, 1];
+    let origin = if inside % 3 != 0 {
+        let owner = one(&mesh.owners(), owner);
+        Origin::Inside {
+            out_interface: one(&ALL_INTERFACES, interface),
+            owner: (owner.uid != 1338).then_some(Owner {
+                uid: owner.uid,
+                gid: owner.gid,
+            }),
+        }
+    } else {
+        Origin::Outside {
+            in_interface: one(&ALL_INTERFACES[1..], interface),
+        }
+    };
+    Packet {
+        protocol: one(&protocols, protocol),
+        origin,
+        source: source.parse().unwrap(),
+        destination,
+        destination_port: one(&mesh.ports(), port),
+    }
+}
 
-const CASES: [Case; 9] = [
-    MESH,
-    NOTHING,
-    Case {
-        uids: &[3, 4],
-        gids: &[1, 2],
-        ..MESH
-    },
-    Case { gids: &[], ..MESH },
-    Case { uids: &[], ..MESH },
-    // Root, an id in both lists and one twice.
-    Case {
-        uids: &[0, 5, 5],
-        gids: &[5, 0],
-        ..NOTHING
-    },
-    Case {
-        excluded_inbound_ports: &[65535, 80, 80, 0],
-        outbound_port: 16001,
-        inbound_port: 16006,
-        ..MESH
-    },
-    Case {
-        passthrough: (
-            Ipv4Addr::new(127, 0, 0, 5),
-            Ipv6Addr::new(0, 0, 0, 0, 0, 0, 0, 5),
-        ),
-        localhost: (
-            Ipv4Addr::new(127, 0, 0, 2),
-            Ipv6Addr::new(0, 0, 0, 0, 0, 0, 0, 2),
-        ),
-        ..MESH
-    },
-    // As many as there may be.
-    Case {
-        uids: &[11, 12, 13, 14, 15, 16, 17, u32::MAX - 1],
-        gids: &[21, 22, 23, 24, 25, 26, 27, u32::MAX - 1],
-        excluded_inbound_ports: &[
-            1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24,
-            25, 26, 27, 28, 29, 30, 31, 32,
-        ],
-        ..MESH
-    },
+/// Those whose rules are all in the nat table.
+const MODES: [Mode; 6] = [
+    Mode::Redirect,
+    Mode::Redirect,
+    Mode::Redirect,
+    Mode::Redirect,
+    Mode::Redirect,
+    Mode::None,
 ];
 
-impl Case {
-    fn settings(&self) -> Settings {
-        Settings {
-            outbound_port: self.outbound_port,
-            inbound_port: self.inbound_port,
-            proxy_uids: Owners::new(self.uids).unwrap(),
-            proxy_gids: Owners::new(self.gids).unwrap(),
-            excluded_inbound_ports: Ports::new(self.excluded_inbound_ports).unwrap(),
-            passthrough_v4: self.passthrough.0.into(),
-            passthrough_v6: self.passthrough.1.into(),
-            localhost_v4: self.localhost.0.into(),
-            localhost_v6: self.localhost.1.into(),
-        }
-    }
+/// Connections for each random settings.
+const CONNECTIONS: usize = 200;
 
-    fn text(&self, family: Family) -> String {
-        let (passthrough, localhost) = match family {
-            Family::V4 => (
-                format!("{}/32", self.passthrough.0),
-                format!("{}/32", self.localhost.0),
-            ),
-            Family::V6 => (
-                format!("{}/128", self.passthrough.1),
-                format!("{}/128", self.localhost.1),
-            ),
-        };
-        let mut text = String::from("*nat\n");
-        for chain in ["PREROUTING", "INPUT", "OUTPUT", "POSTROUTING"] {
-            writeln!(text, ":{chain} ACCEPT [0:0]").unwrap();
-        }
-        for chain in ["INBOUND", "IN_REDIRECT", "OUTPUT", "REDIRECT"] {
-            writeln!(text, ":ISTIO_{chain} - [0:0]").unwrap();
-        }
-        text.push_str("-A PREROUTING -p tcp -j ISTIO_INBOUND\n");
-        text.push_str("-A OUTPUT -p tcp -j ISTIO_OUTPUT\n");
+proptest! {
+    #![proptest_config(Config {
+        cases: 1000,
+        failure_persistence: Some(Box::new(FileFailurePersistence::WithSource("regressions"))),
+        ..Config::default()
+    })]
 
-        let mut rule = |chain, rule: &str| writeln!(text, "-A ISTIO_{chain} {rule}").unwrap();
-        for port in self.excluded_inbound_ports {
-            rule(
-                "INBOUND",
-                &format!("-p tcp -m tcp --dport {port} -j RETURN"),
+    #[test]
+    fn random_settings(
+        mesh in random::settings(&MODES),
+        choices in prop::collection::vec(any::<[usize; 7]>(), CONNECTIONS),
+    ) {
+        let compiled = compile(&settings(&mesh));
+        let [v4, v6] = Version::BOTH.map(|version| table(&mesh.nat(version)));
+        for choice in choices {
+            let packet = connection(&mesh, choice);
+            let table = if packet.destination.is_ipv4() { &v4 } else { &v6 };
+            prop_assert!(
+                same(&mesh, table, &compiled, &packet),
+                "{:?}\npolicy: {:?}\nchains: {:?}\n{}",
+                packet,
+                match packet.origin {
+                    Origin::Inside { .. } => policy_output(&compiled, &packet),
+                    Origin::Outside { .. } => policy_inbound(&compiled, &packet),
+                },
+                table.connection(&packet),
+                mesh.nat(if packet.destination.is_ipv4() { Version::V4 } else { Version::V6 }),
             );
         }
-        rule("INBOUND", "-p tcp -j ISTIO_IN_REDIRECT");
-        rule(
-            "IN_REDIRECT",
-            &format!("-p tcp -j REDIRECT --to-ports {}", self.inbound_port),
-        );
-
-        rule("OUTPUT", &format!("-s {passthrough} -o lo -j RETURN"));
-        for (option, ids) in [("--uid-owner", self.uids), ("--gid-owner", self.gids)] {
-            for id in ids {
-                rule(
-                    "OUTPUT",
-                    &format!("! -d {localhost} -o lo -m owner {option} {id} -j ISTIO_IN_REDIRECT"),
-                );
-                rule(
-                    "OUTPUT",
-                    &format!("-o lo -m owner ! {option} {id} -j RETURN"),
-                );
-                rule("OUTPUT", &format!("-m owner {option} {id} -j RETURN"));
-            }
-        }
-        rule("OUTPUT", &format!("-d {localhost} -j RETURN"));
-        rule("OUTPUT", "-j ISTIO_REDIRECT");
-        rule(
-            "REDIRECT",
-            &format!("-p tcp -j REDIRECT --to-ports {}", self.outbound_port),
-        );
-        text.push_str("COMMIT\n");
-        text
     }
-}
 
-fn compare_cases_output(family: Family) {
-    let mut n = 0;
-    for case in CASES {
-        let ids = [&IDS, case.uids, case.gids].concat().into_iter().collect();
-        let ports = with_neighbours([case.outbound_port, case.inbound_port, 8080]);
-        n += compare_output(
-            &table(&case.text(family)),
-            &case.settings(),
-            family,
-            &ids,
-            &ports,
-        );
-    }
-    println!("{n} comparisons of ISTIO_OUTPUT with other settings, {family:?}");
-}
-
-#[test]
-fn other_settings_output_v4() {
-    compare_cases_output(Family::V4);
-}
-
-#[test]
-fn other_settings_output_v6() {
-    compare_cases_output(Family::V6);
-}
-
-/// No rule of ISTIO_INBOUND names an address, and the seed's comparison covers
-/// all of them; here one connection for every port is enough.
-#[test]
-fn other_settings_inbound() {
-    let mut n = 0;
-    for case in CASES {
-        let (table, settings) = (table(&case.text(Family::V4)), case.settings());
-        for protocol in PROTOCOLS {
-            for destination_port in 0..=u16::MAX {
-                let packet = Packet {
-                    protocol,
-                    destination_port,
-                    ..arriving(0)
-                };
-                let outcome = table.connection(&packet);
-                let policy = policy_inbound(&settings, &packet);
-                assert_eq!(
-                    policy,
-                    decision(&outcome, "ISTIO_INBOUND"),
-                    "{packet:?} {case:?}"
-                );
-                assert_eq!(ending(&settings, policy.verdict), outcome.ending);
-                n += 1;
-            }
+    /// The chains that `--dry-run` shows do what the mesh's own would.
+    #[test]
+    fn the_equivalent_chains(
+        mesh in random::settings(&MODES),
+        choices in prop::collection::vec(any::<[usize; 7]>(), 50),
+    ) {
+        use interceptor_userspace::settings::Family;
+        let settings = settings(&mesh);
+        let tables = [(Version::V4, Family::V4), (Version::V6, Family::V6)].map(|(version, family)| {
+            let text = settings.iptables_restore(family);
+            let ours = match text.find("*nat") {
+                Some(start) => table(&text[start..]),
+                None => table("*nat\nCOMMIT\n"),
+            };
+            (table(&mesh.nat(version)), ours)
+        });
+        for choice in choices {
+            let packet = connection(&mesh, choice);
+            let (mesh, ours) = &tables[usize::from(packet.destination.is_ipv6())];
+            prop_assert_eq!(
+                mesh.connection(&packet).ending,
+                ours.connection(&packet).ending,
+                "{:?}",
+                packet
+            );
         }
     }
-    assert_eq!(n, CASES.len() * PROTOCOLS.len() * 65_536);
-    println!("{n} comparisons of ISTIO_INBOUND with other settings");
 }
 
+/// As many of everything as there may be.
 #[test]
-fn the_cases_reach_the_bounds() {
-    assert!(CASES.iter().any(|case| case.uids.len() == MAX_OWNERS
-        && case.gids.len() == MAX_OWNERS
-        && case.excluded_inbound_ports.len() == MAX_EXCLUDED_PORTS));
-}
-
-/// The generator writes what the mesh's own tool does.
-#[test]
-fn the_generator_writes_the_seed() {
-    let (comment, seed) = SEED_RULES.split_once('\n').unwrap();
-    assert!(comment.starts_with('#'));
-    for family in [Family::V4, Family::V6] {
-        assert_eq!(MESH.text(family), family.of_v4(seed));
+fn the_largest_settings() {
+    let ids = |first: u32, count: u32| (first..first + count).collect::<Vec<_>>();
+    let ports = |first: u16| -> Vec<String> {
+        (0..64)
+            .map(|n| format!("{}:{}", first + 20 * n, first + 20 * n + 9))
+            .collect()
+    };
+    let cidrs = |first: u8| -> Vec<String> {
+        (0..=255)
+            .map(|n| format!("10.{first}.{n}.0/25"))
+            .chain((0..=255).map(|n| format!("fd00:{first}:{n:x}::/65")))
+            .collect()
+    };
+    let mesh = Mesh {
+        uids: ids(11, 8),
+        gids: ids(21, 8),
+        inbound_ports: ports(1000),
+        cidrs: cidrs(79),
+        excluded_cidrs: cidrs(78),
+        outbound_ports: ports(3000),
+        excluded_outbound_ports: ports(5000),
+        except_groups: ids(100, 64),
+        excluded_interfaces: strings(&["eth1", "eth2", "a", "b", "c", "d", "e", "f"]),
+        dns: Dns::All,
+        ..Mesh::default()
+    };
+    let compiled = compile(&settings(&mesh));
+    let tables = Version::BOTH.map(|version| table(&mesh.nat(version)));
+    let mut runner = proptest::test_runner::TestRunner::deterministic();
+    let choices = any::<[usize; 7]>();
+    for _ in 0..2000 {
+        let choice = choices.new_tree(&mut runner).unwrap().current();
+        let packet = connection(&mesh, choice);
+        let table = &tables[usize::from(packet.destination.is_ipv6())];
+        assert!(same(&mesh, table, &compiled, &packet), "{packet:?}");
     }
-    assert_eq!(MESH.settings(), Settings::default());
+}
+
+#[test]
+fn the_default_settings_are_those_of_the_seed() {
+    let seed = Mesh {
+        tunnel_port: None,
+        excluded_inbound_ports: strings(&["22", "15090", "15020"]),
+        ..Mesh::injected()
+    };
+    assert_eq!(settings(&seed), Settings::default());
 }
 
 /// A packet from the other host to a port of the pod.
@@ -573,7 +632,7 @@ fn leaving(
 #[test]
 fn both_agree_with_a_real_kernel() {
     let table = table(SEED_RULES);
-    let settings = Settings::default();
+    let settings = compile(&Settings::default());
     let rows = OBSERVED
         .lines()
         .filter(|line| !line.starts_with('#'))
@@ -648,8 +707,12 @@ fn the_interpreter_finds_the_rules() {
     ] {
         let packet = leaving(owner, source, interface, destination);
         let outcome = table.connection(&packet);
-        let expected = Decision { verdict, rule };
-        assert_eq!(decision(&outcome, "ISTIO_OUTPUT"), expected, "{packet:?}");
+        let expected = Decision {
+            verdict,
+            chain: Chain::Output,
+            rule,
+        };
+        assert_eq!(decision(&table, &outcome), expected, "{packet:?}");
     }
     for (port, rule, verdict) in [
         (22, 1, Verdict::Direct),
@@ -659,8 +722,12 @@ fn the_interpreter_finds_the_rules() {
         (0, 4, Verdict::Inbound),
     ] {
         let outcome = table.connection(&arriving(port));
-        let expected = Decision { verdict, rule };
-        assert_eq!(decision(&outcome, "ISTIO_INBOUND"), expected, "{port}");
+        let expected = Decision {
+            verdict,
+            chain: Chain::Inbound,
+            rule,
+        };
+        assert_eq!(decision(&table, &outcome), expected, "{port}");
     }
     for packet in [
         arriving(8080),

@@ -161,7 +161,7 @@ fn a_process_outside_the_pods_cgroup_is_intercepted_on_the_way_in_only() -> Resu
         stranger.listen((Ipv4Addr::UNSPECIFIED, INBOUND).into())?,
     );
     assert_refused(&world.peer, theirs)?;
-    let none = serde_json::json!({"outbound": 0, "inbound": 0});
+    let none = serde_json::json!({"outbound": 0, "inbound": 0, "dns": 0});
     ensure!(world.cli.status(world.name())?["listeners"] == none);
     Ok(())
 }

@@ -20,6 +20,8 @@ use crate::{
 
 /// The one suite of the tests' package that needs no pod.
 const MODEL: &str = "model";
+/// The suite that compares with the mesh's own chains.
+const PARITY: &str = "parity";
 
 /// What to test.
 #[derive(Debug, clap::Args)]
@@ -36,6 +38,10 @@ pub(crate) struct Args {
         conflicts_with = "which"
     )]
     vm: Vec<vm::Wanted>,
+    /// How many random connections to compare, each pair of settings and connection
+    /// once
+    #[arg(long, value_name = "N")]
+    cases: Option<u32>,
     /// For the test programs: a part of a test's name, --nocapture, --test-threads ...
     #[arg(last = true)]
     arguments: Vec<String>,
@@ -47,6 +53,8 @@ enum Which {
     Unit,
     /// Those that make pods and attach kernel programs
     Pod,
+    /// Only the suite that compares Interceptor with the mesh's own chains
+    Parity,
     /// Both
     All,
 }
@@ -61,6 +69,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         return vm::test(&args.vm, &args.arguments);
     }
     let (unit, pod) = match args.which {
+        Which::Parity => return parity(args),
         Which::Unit => (true, false),
         Which::Pod => (false, true),
         Which::All => (true, true),
@@ -96,6 +105,61 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     } else {
         ExitCode::FAILURE
     })
+}
+
+/// Compares with the mesh's own chains; the last line says how much, and how much
+/// of it differs.
+fn parity(args: &Args) -> Result<ExitCode> {
+    require_root()?;
+    setup::ensure(setup::PODS)?;
+    compile::debug(&["interceptor"])?;
+    let mut arguments = vec!["--nocapture".to_owned(), "--test-threads=1".to_owned()];
+    arguments.extend_from_slice(&args.arguments);
+    let mut comparisons = Comparisons::default();
+    let outcome = run_suites(
+        &["--test", PARITY].map(str::to_owned),
+        &arguments,
+        args.cases,
+        &mut |line| comparisons.read(line),
+    )?;
+    println!("\nparity: {outcome}");
+    println!("{comparisons}");
+    Ok(if outcome.passed() && comparisons.differ == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+/// What the tests of the suite say that they have compared.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Comparisons {
+    made: u64,
+    differ: u64,
+}
+
+impl Comparisons {
+    /// Reads `parity: N comparisons, M differ`; other lines count nothing.
+    fn read(&mut self, line: &str) {
+        let numbers = || -> Option<(u64, u64)> {
+            let (_, rest) = line.split_once("parity: ")?;
+            let (made, rest) = rest.split_once(" comparisons, ")?;
+            Some((
+                made.parse().ok()?,
+                rest.strip_suffix(" differ")?.parse().ok()?,
+            ))
+        };
+        if let Some((made, differ)) = numbers() {
+            self.made += made;
+            self.differ += differ;
+        }
+    }
+}
+
+impl fmt::Display for Comparisons {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} comparisons, {} differ", self.made, self.differ)
+    }
 }
 
 /// The names of the suites that need pods.
@@ -194,8 +258,21 @@ impl AddAssign for Counts {
 
 /// Runs the tests of these targets to the end, shows what they print, and counts.
 fn suites(targets: &[String], arguments: &[String]) -> Result<Outcome> {
+    run_suites(targets, arguments, None, &mut |_| {})
+}
+
+/// The same, and hands each line to `look`.
+fn run_suites(
+    targets: &[String],
+    arguments: &[String],
+    cases: Option<u32>,
+    look: &mut dyn FnMut(&str),
+) -> Result<Outcome> {
     let start = Instant::now();
     let mut command: Command = cargo(&["test", "--no-fail-fast"]);
+    if let Some(cases) = cases {
+        command.env("PARITY_CASES", cases.to_string());
+    }
     command.args(HOST).args(targets).arg("--");
     if io::stdout().is_terminal() {
         command.arg("--color=always");
@@ -209,9 +286,11 @@ fn suites(targets: &[String], arguments: &[String]) -> Result<Outcome> {
     let mut counts = Counts::default();
     for line in BufReader::new(output).split(b'\n') {
         let mut line = line.context("read cargo test's output")?;
-        if let Some(more) = Counts::parse(&String::from_utf8_lossy(&line)) {
+        let text = String::from_utf8_lossy(&line);
+        if let Some(more) = Counts::parse(&text) {
             counts += more;
         }
+        look(&text);
         line.push(b'\n');
         io::stdout().write_all(&line).context("print")?;
     }
@@ -238,6 +317,19 @@ mod tests {
         let coloured = "test result: \u{1b}[32mok\u{1b}[m. 5 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.01s";
         assert_eq!(Counts::parse(coloured).map(|counts| counts.passed), Some(5));
         assert_eq!(Counts::parse("test a::b ... ok"), None);
+    }
+
+    #[test]
+    fn comparisons_are_added_up() {
+        let mut comparisons = Comparisons::default();
+        for line in [
+            "parity: 10 comparisons, 0 differ",
+            "test x ... parity: 5 comparisons, 2 differ",
+            "scenario empty: 3 connections, 0 differences",
+        ] {
+            comparisons.read(line);
+        }
+        assert_eq!(comparisons.to_string(), "15 comparisons, 2 differ");
     }
 
     #[test]

@@ -2,15 +2,15 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use clap::ValueEnum;
-use interceptor_common::config::{Owners, Ports, Settings};
 use interceptor_userspace::{
     datapath::{self, Attached, LogLevel, Pins, Request},
     pod::{PodName, cgroup::Cgroup, netns::Netns},
+    settings::Settings,
 };
 
-use super::Output;
+use super::{Output, settings::SettingsArgs};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -27,35 +27,8 @@ pub(crate) struct Args {
     #[arg(long, value_name = "PATH|PID")]
     netns: String,
 
-    /// Uids whose connections are the proxy's own.
-    #[arg(
-        long,
-        value_name = "UID",
-        value_delimiter = ',',
-        default_value = "1337"
-    )]
-    proxy_uid: Vec<u32>,
-
-    /// Gids whose connections are the proxy's own.
-    #[arg(
-        long,
-        value_name = "GID",
-        value_delimiter = ',',
-        default_value = "1337"
-    )]
-    proxy_gid: Vec<u32>,
-
-    /// The proxy's port for connections that the pod makes.
-    #[arg(long, value_name = "PORT", default_value_t = 15001, value_parser = clap::value_parser!(u16).range(1..))]
-    outbound_port: u16,
-
-    /// The proxy's port for connections that arrive at the pod.
-    #[arg(long, value_name = "PORT", default_value_t = 15006, value_parser = clap::value_parser!(u16).range(1..))]
-    inbound_port: u16,
-
-    /// Ports at which arriving connections are left alone; an empty value leaves none alone.
-    #[arg(long, value_name = "PORTS", default_value = "22,15090,15020")]
-    exclude_inbound_ports: String,
+    #[command(flatten)]
+    settings: SettingsArgs,
 
     /// What the kernel programs log, for `interceptor logs`; what is below the level costs nothing.
     #[arg(long, value_name = "LEVEL", default_value = "off")]
@@ -90,7 +63,7 @@ impl From<Level> for LogLevel {
 }
 
 pub(crate) fn run(args: Args, pins: &Pins, output: Output) -> anyhow::Result<()> {
-    let settings = settings(&args)?;
+    let settings = args.settings.over(&Settings::default())?;
     datapath::need_root()?;
     let cgroup = Cgroup::open(&args.cgroup)?;
     let netns = Netns::open(&args.netns)?;
@@ -123,31 +96,4 @@ pub(crate) fn run(args: Args, pins: &Pins, output: Output) -> anyhow::Result<()>
             "pins": pins.pod(&args.pod),
         })),
     }
-}
-
-fn settings(args: &Args) -> anyhow::Result<Settings> {
-    if args.outbound_port == args.inbound_port {
-        bail!(
-            "--outbound-port and --inbound-port are both {}: the proxy can't tell its connections apart",
-            args.outbound_port
-        );
-    }
-    let excluded = args
-        .exclude_inbound_ports
-        .split(',')
-        .filter(|port| !port.is_empty())
-        .map(|port| {
-            port.trim().parse::<u16>().with_context(|| {
-                format!("--exclude-inbound-ports: `{port}` is no port: give numbers from 0 to 65535 with commas between")
-            })
-        })
-        .collect::<anyhow::Result<Vec<_>>>()?;
-    Ok(Settings {
-        outbound_port: args.outbound_port,
-        inbound_port: args.inbound_port,
-        proxy_uids: Owners::new(&args.proxy_uid).context("--proxy-uid")?,
-        proxy_gids: Owners::new(&args.proxy_gid).context("--proxy-gid")?,
-        excluded_inbound_ports: Ports::new(&excluded).context("--exclude-inbound-ports")?,
-        ..Settings::default()
-    })
 }

@@ -24,16 +24,25 @@ pub(crate) fn run(args: &Args, pins: &Pins, output: Output) -> anyhow::Result<()
         if index > 0 {
             super::print("")?;
         }
+        let from = match chain.from {
+            "" => String::new(),
+            from => format!("from {from}, "),
+        };
+        let family = match chain.family {
+            "both" => String::new(),
+            family => format!("{family}, "),
+        };
         super::print(format!(
-            "Chain {} (from {}, -p tcp; one count per connection)",
-            chain.chain, chain.from
+            "Chain {} ({family}{from}one count per connection)",
+            chain.chain
         ))?;
         let mut table = super::table(&["num", "hits", "target", "rule"]);
         for rule in &chain.rules {
             table.add_row([
                 rule.number.to_string(),
-                rule.hits.to_string(),
-                rule.target.to_owned(),
+                rule.hits
+                    .map_or_else(|| "-".to_owned(), |hits| hits.to_string()),
+                rule.target.clone(),
                 rule.text.clone(),
             ]);
         }

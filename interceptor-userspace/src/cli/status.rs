@@ -4,6 +4,7 @@ use anyhow::bail;
 use interceptor_userspace::{
     datapath::{self, Pins, PodView},
     pod::PodName,
+    settings::{Cidrs, Dns, Ports},
 };
 
 use super::Output;
@@ -77,20 +78,57 @@ fn print_view(view: &PodView) -> anyhow::Result<()> {
         },
     );
     row("network namespace", format!("net:[{}]", view.netns_inode));
+    let settings = &view.settings;
     row(
         "proxy",
         format!(
             "uid {}, gid {}, outbound port {}, inbound port {}",
-            list(&view.proxy_uids),
-            list(&view.proxy_gids),
-            view.outbound_port,
-            view.inbound_port
+            list(&settings.proxy_uids),
+            list(&settings.proxy_gids),
+            settings.outbound_port,
+            settings.inbound_port
         ),
     );
     row(
-        "inbound ports left alone",
-        list(&view.excluded_inbound_ports),
+        "captured inbound",
+        match &settings.inbound_ports {
+            _ if !settings.captures() => "nothing (mode NONE)".to_owned(),
+            Ports::All => format!("all but {}", list(&settings.excluded_inbound_ports)),
+            Ports::List(ports) => list(ports),
+        },
     );
+    row(
+        "captured outbound",
+        match &settings.outbound_cidrs {
+            _ if !settings.captures() => "nothing (mode NONE)".to_owned(),
+            Cidrs::All => "all".to_owned(),
+            Cidrs::List(cidrs) => list(cidrs),
+        },
+    );
+    for (name, values) in [
+        ("outbound ports captured", list(&settings.outbound_ports)),
+        (
+            "outbound ports left alone",
+            list(&settings.excluded_outbound_ports),
+        ),
+        (
+            "outbound CIDRs left alone",
+            list(&settings.excluded_outbound_cidrs),
+        ),
+        ("interfaces left alone", list(&settings.excluded_interfaces)),
+        (
+            "DNS captured",
+            match &settings.dns {
+                Dns::Off => list::<String>(&[]),
+                Dns::Servers(servers) => list(servers),
+                Dns::All => "all".to_owned(),
+            },
+        ),
+    ] {
+        if values != NONE {
+            row(name, values);
+        }
+    }
     row(
         "proxy's listeners",
         format!(
@@ -130,9 +168,11 @@ fn print_view(view: &PodView) -> anyhow::Result<()> {
     super::print(table.trim_fmt())
 }
 
-fn list(items: &[impl ToString]) -> String {
+const NONE: &str = "none";
+
+fn list<T: ToString>(items: &[T]) -> String {
     if items.is_empty() {
-        return "none".to_owned();
+        return NONE.to_owned();
     }
     items
         .iter()

@@ -3,13 +3,13 @@
 use std::{
     borrow::{Borrow, BorrowMut},
     fs, io,
+    net::{IpAddr, Ipv6Addr},
     os::fd::{AsFd as _, BorrowedFd},
     path::Path,
 };
 
 use aya::maps::{Array, LpmTrie, MapData, PerCpuArray, PerCpuValues, lpm_trie::Key};
 use interceptor_common::{
-    config::Settings,
     conn::Address,
     counters::Event,
     listeners::{ProxyPort, SLOTS},
@@ -19,9 +19,10 @@ use interceptor_common::{
 
 use super::{
     bpf::{self, Link},
-    object::{LINKS, LogLevel, MAPS, Object},
+    object::{DNS_LINKS, LINKS, LogLevel, MAPS, Maps, Object},
     pins::{self, Pins, Staging, link_pin},
     plain::Plain,
+    policy::{self, Change},
     routes::{self, Routes},
     view::Opened,
 };
@@ -33,6 +34,7 @@ use crate::{
         listeners::{self, Listener},
         netns::{Netns, NetnsId},
     },
+    settings::{Family, Settings},
 };
 
 /// A pod to attach, and how.
@@ -58,7 +60,8 @@ pub struct Request<'a> {
 pub enum Attached {
     /// The pod was not attached before.
     Newly,
-    /// The pod was attached in the same way; its routes were read anew.
+    /// The pod was attached in the same way; its routes and
+    /// interfaces were read anew.
     Already,
 }
 
@@ -78,10 +81,23 @@ pub fn attach(pins: &Pins, request: &Request<'_>) -> Result<Attached> {
         return attach_again(request, &directory);
     }
 
-    let address = request.settings.passthrough_v6.octets.into();
+    let settings = request.settings;
+    let place = policy::place(settings, request.netns)?;
+    let address = passthrough_v6();
+    // Also where IPv6 has no chains yet: they may come with a change.
     let add_address = !routes::has_passthrough(request.netns, address)?;
-    let mut object = Object::load(request.netns.id(), request.log_level)?;
-    write_settings(&mut object, request)?;
+    let hooks = || {
+        let dns = settings.dns.is_on().then_some(&DNS_LINKS);
+        LINKS.iter().chain(dns.into_iter().flatten())
+    };
+    let mut object = Object::load(
+        request.netns.id(),
+        request.log_level,
+        Maps::New {
+            counters: policy::counters(settings),
+        },
+        hooks(),
+    )?;
     write_attachment(&mut object, request, add_address)?;
 
     // From here on, what a kill leaves tells `take_apart` what to take back.
@@ -92,6 +108,7 @@ pub fn attach(pins: &Pins, request: &Request<'_>) -> Result<Attached> {
             Error::system(format!("pinning {}", path.display()))(io::Error::other(error))
         })?;
     }
+    policy::write_first(&mut object, &pins.attaching(request.pod), settings, &place)?;
     let passthrough = add_address
         .then(|| PassthroughAddress::add(request.netns, address))
         .transpose()?;
@@ -104,8 +121,8 @@ pub fn attach(pins: &Pins, request: &Request<'_>) -> Result<Attached> {
     )?;
 
     // Pinned when all are attached: until then a kill detaches them all.
-    let mut links = Vec::with_capacity(LINKS.len());
-    for hook in &LINKS {
+    let mut links = Vec::new();
+    for hook in hooks() {
         links.push(object.attach(hook, request.cgroup, request.netns)?);
         if hook.program == "sock_ops" {
             // New listeners register themselves from here on; nothing looks
@@ -114,7 +131,7 @@ pub fn attach(pins: &Pins, request: &Request<'_>) -> Result<Attached> {
             count(&mut object.map_mut("COUNTERS")?, &events)?;
         }
     }
-    for (hook, link) in LINKS.iter().zip(&links) {
+    for (hook, link) in hooks().zip(&links) {
         let path = staging.link(hook.program);
         link.pin(&path)
             .map_err(Error::system(format!("pinning {}", path.display())))?;
@@ -151,6 +168,13 @@ pub fn detach(pins: &Pins, pod: &PodName) -> Result<()> {
     take_apart(pod, &detaching)
 }
 
+fn passthrough_v6() -> Ipv6Addr {
+    match Family::V6.passthrough() {
+        IpAddr::V6(address) => address,
+        IpAddr::V4(_) => unreachable!("of the family"),
+    }
+}
+
 /// Removes what a process that was killed has left of `pod`.
 fn remove_leftovers(pins: &Pins, pod: &PodName) -> Result<()> {
     for directory in [pins.attaching(pod), pins.detaching(pod)] {
@@ -167,7 +191,7 @@ fn take_apart(pod: &PodName, directory: &Path) -> Result<()> {
     // A damaged attachment can be taken apart too.
     let opened = Opened::open(pod, directory).ok();
     // First what redirects, last what redirected connections need.
-    for hook in LINKS.iter().rev() {
+    for hook in LINKS.iter().chain(&DNS_LINKS).rev() {
         let path = link_pin(directory, hook.program);
         match Link::open(&path).and_then(|link| link.detach()) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -185,7 +209,7 @@ fn take_apart(pod: &PodName, directory: &Path) -> Result<()> {
             inode: opened.attachment.netns_inode,
         })
     {
-        routes::remove_passthrough(&netns, opened.settings.passthrough_v6.octets.into())?;
+        routes::remove_passthrough(&netns, passthrough_v6())?;
     }
     pins::remove(directory)
 }
@@ -225,6 +249,8 @@ fn attach_again(request: &Request<'_>, directory: &Path) -> Result<Attached> {
     let listeners = opened.open_map("LISTENERS")?;
     let events = register_listeners(listeners.fd().as_fd(), request)?;
     count(&mut opened.map("COUNTERS")?, &events)?;
+    // Interfaces may have come and gone.
+    let _: Change = policy::change_to(&opened, request.settings)?;
     Ok(Attached::Already)
 }
 
@@ -236,9 +262,10 @@ fn register_listeners(map: BorrowedFd<'_>, request: &Request<'_>) -> Result<Vec<
     let ports = [
         (request.settings.outbound_port, ProxyPort::Outbound),
         (request.settings.inbound_port, ProxyPort::Inbound),
+        (request.settings.dns_port, ProxyPort::Dns),
     ];
     let found = listeners::find(request.cgroup, request.netns, &ports.map(|(port, _)| port))?;
-    let registered: Vec<u64> = (0..2 * SLOTS)
+    let registered: Vec<u64> = (0..ProxyPort::COUNT * SLOTS)
         .filter(|_| !found.is_empty())
         .filter_map(|slot| bpf::socket_cookie(map, slot))
         .collect();
@@ -308,13 +335,6 @@ fn attachment(request: &Request<'_>, passthrough_v6_added: bool) -> Attachment {
         cgroup_id: request.cgroup.id(),
         log_level: u64::from(request.log_level as u8),
     }
-}
-
-fn write_settings(object: &mut Object, request: &Request<'_>) -> Result<()> {
-    let mut settings: Array<_, Plain<Settings>> = object.map_mut("SETTINGS")?;
-    settings
-        .set(0, Plain(*request.settings), 0)
-        .map_err(Error::map("writing", "SETTINGS"))
 }
 
 fn write_attachment(
@@ -399,13 +419,13 @@ fn refuse_host(request: &Request<'_>) -> Result<()> {
 /// The IPv6 passthrough address on the pod's `lo`, removed unless it is kept.
 struct PassthroughAddress<'a> {
     netns: &'a Netns,
-    address: std::net::Ipv6Addr,
+    address: Ipv6Addr,
     added: bool,
     kept: bool,
 }
 
 impl<'a> PassthroughAddress<'a> {
-    fn add(netns: &'a Netns, address: std::net::Ipv6Addr) -> Result<Self> {
+    fn add(netns: &'a Netns, address: Ipv6Addr) -> Result<Self> {
         Ok(Self {
             netns,
             address,

@@ -17,7 +17,7 @@ use aya_obj::{
     generated::{
         BPF_NOEXIST, bpf_attach_type, bpf_attr, bpf_cmd, bpf_link_info,
         bpf_link_type::{BPF_LINK_TYPE_CGROUP, BPF_LINK_TYPE_NETNS},
-        bpf_prog_info, bpf_prog_type,
+        bpf_map_info, bpf_map_type, bpf_prog_info, bpf_prog_type,
     },
 };
 
@@ -67,11 +67,7 @@ impl Link {
 
     /// Pins the link at `path`.
     pub(crate) fn pin(&self, path: &Path) -> io::Result<()> {
-        let path = c_path(path)?;
-        let mut attr = zeroed_attr();
-        attr.__bindgen_anon_4.pathname = path.as_ptr().addr() as u64;
-        attr.__bindgen_anon_4.bpf_fd = fd_number(self.0.as_fd());
-        bpf(bpf_cmd::BPF_OBJ_PIN, &mut attr).map(drop)
+        pin(self.0.as_fd(), path)
     }
 
     /// Detaches the program at once (`BPF_LINK_DETACH`, Linux 5.9). Without it,
@@ -134,6 +130,14 @@ pub(crate) fn attached_programs(
     ids.truncate(count as usize);
     let exclusive = !ids.is_empty() && flags & (ALLOW_OVERRIDE | ALLOW_MULTI) == 0;
     Ok((ids, exclusive))
+}
+
+fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    let path = c_path(path)?;
+    let mut attr = zeroed_attr();
+    attr.__bindgen_anon_4.pathname = path.as_ptr().addr() as u64;
+    attr.__bindgen_anon_4.bpf_fd = fd_number(object);
+    bpf(bpf_cmd::BPF_OBJ_PIN, &mut attr).map(drop)
 }
 
 fn get_pinned(path: &Path) -> io::Result<OwnedFd> {
@@ -317,4 +321,59 @@ fn element(map: BorrowedFd<'_>, key: &u32, value: *mut u64) -> bpf_attr {
     attr.__bindgen_anon_2.key = std::ptr::from_ref(key).addr() as u64;
     attr.__bindgen_anon_2.__bindgen_anon_1.value = value.addr() as u64;
     attr
+}
+
+/// Pins a map with `text` as its only value at `path`: what people wrote, which
+/// no program reads.
+pub(crate) fn pin_text(text: &str, path: &Path) -> io::Result<()> {
+    let value_size = u32::try_from(text.len()).map_err(io::Error::other)?;
+    let mut attr = zeroed_attr();
+    attr.__bindgen_anon_1.map_type = bpf_map_type::BPF_MAP_TYPE_ARRAY as u32;
+    attr.__bindgen_anon_1.key_size = 4;
+    attr.__bindgen_anon_1.value_size = value_size;
+    attr.__bindgen_anon_1.max_entries = 1;
+    let map = bpf_fd(bpf_cmd::BPF_MAP_CREATE, &mut attr)?;
+    write_first(map.as_fd(), text.as_bytes())?;
+    pin(map.as_fd(), path)
+}
+
+/// The text of a map that [`pin_text`] pinned.
+pub(crate) fn pinned_text(path: &Path) -> io::Result<String> {
+    let map = get_pinned(path)?;
+    // SAFETY: all zero is a valid value of this plain struct.
+    let mut info: bpf_map_info = unsafe { std::mem::zeroed() };
+    let mut attr = zeroed_attr();
+    attr.info.bpf_fd = fd_number(map.as_fd());
+    #[expect(clippy::cast_possible_truncation, reason = "a small struct")]
+    {
+        attr.info.info_len = size_of::<bpf_map_info>() as u32;
+    }
+    attr.info.info = (&raw mut info).addr() as u64;
+    bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attr)?;
+    if (info.type_, info.key_size) != (bpf_map_type::BPF_MAP_TYPE_ARRAY as u32, 4) {
+        return Err(io::Error::other("not a map of Interceptor's"));
+    }
+    // The kernel rounds a value's size up when it copies.
+    let mut value = vec![0u8; (info.value_size as usize).next_multiple_of(8)];
+    let key = 0u32;
+    let mut attr = zeroed_attr();
+    attr.__bindgen_anon_2.map_fd = fd_number(map.as_fd());
+    attr.__bindgen_anon_2.key = (&raw const key).addr() as u64;
+    attr.__bindgen_anon_2.__bindgen_anon_1.value = value.as_mut_ptr().addr() as u64;
+    bpf(bpf_cmd::BPF_MAP_LOOKUP_ELEM, &mut attr)?;
+    value.truncate(info.value_size as usize);
+    String::from_utf8(value).map_err(io::Error::other)
+}
+
+/// Waits until no program that runs now is still running.
+///
+/// `membarrier(MEMBARRIER_CMD_GLOBAL)` waits for a grace period of RCU, under
+/// which the kernel runs every program that is attached here (Linux 4.3).
+pub(crate) fn wait_for_programs() -> io::Result<()> {
+    const GLOBAL: libc::c_int = 1;
+    // SAFETY: takes numbers only.
+    match unsafe { libc::syscall(libc::SYS_membarrier, GLOBAL, 0, 0) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }

@@ -27,9 +27,18 @@ const FIELDS: [(&str, &str, &str); 8] = [
     ("INET_SOCK_INET_SPORT", "inet_sock", "inet_sport"),
 ];
 
-/// Offsets in bytes, each with the name of the programs' global.
+/// What the programs must be told of the running kernel.
 #[derive(Debug)]
-pub(crate) struct Offsets(Vec<(&'static str, u32)>);
+pub(crate) struct Offsets {
+    /// In bytes, each with the name of the programs' global.
+    fields: Vec<(&'static str, u32)>,
+    /// Whether sk_lookup programs are told which interface a connection arrives
+    /// by (Linux 5.17): their context, `struct bpf_sk_lookup`, has the field.
+    pub(crate) has_ingress_ifindex: bool,
+}
+
+/// The context of sk_lookup programs.
+const SK_LOOKUP: &str = "bpf_sk_lookup";
 
 impl Offsets {
     /// Reads them from the running kernel.
@@ -43,10 +52,11 @@ impl Offsets {
             source: Some(error),
         };
         let bytes = fs::read(VMLINUX).map_err(unreadable)?;
-        let structures = FIELDS.map(|(_, structure, _)| structure);
+        let mut structures = FIELDS.map(|(_, structure, _)| structure).to_vec();
+        structures.push(SK_LOOKUP);
         let btf = Btf::parse(&bytes, &structures)
             .ok_or_else(|| unreadable(io::ErrorKind::InvalidData.into()))?;
-        FIELDS
+        let fields = FIELDS
             .into_iter()
             .map(|(global, structure, member)| {
                 btf.offset(structure, member)
@@ -56,13 +66,16 @@ impl Offsets {
                         source: None,
                     })
             })
-            .collect::<Result<_>>()
-            .map(Self)
+            .collect::<Result<_>>()?;
+        Ok(Self {
+            fields,
+            has_ingress_ifindex: btf.offset(SK_LOOKUP, "ingress_ifindex").is_some(),
+        })
     }
 
     /// The globals' names and values.
     pub(crate) fn iter(&self) -> impl Iterator<Item = &(&'static str, u32)> {
-        self.0.iter()
+        self.fields.iter()
     }
 }
 

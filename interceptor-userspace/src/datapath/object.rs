@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
+    path::Path,
     thread,
 };
 
@@ -18,7 +19,8 @@ use aya_obj::{
         bpf_attach_type::{
             self, BPF_CGROUP_GETSOCKOPT, BPF_CGROUP_INET4_CONNECT, BPF_CGROUP_INET4_GETPEERNAME,
             BPF_CGROUP_INET6_CONNECT, BPF_CGROUP_INET6_GETPEERNAME, BPF_CGROUP_SOCK_OPS,
-            BPF_SK_LOOKUP,
+            BPF_CGROUP_UDP4_RECVMSG, BPF_CGROUP_UDP4_SENDMSG, BPF_CGROUP_UDP6_RECVMSG,
+            BPF_CGROUP_UDP6_SENDMSG, BPF_SK_LOOKUP,
         },
         bpf_prog_type::{
             self, BPF_PROG_TYPE_CGROUP_SOCK_ADDR, BPF_PROG_TYPE_CGROUP_SOCKOPT,
@@ -27,12 +29,14 @@ use aya_obj::{
     },
 };
 
+use interceptor_common::counters::MAX_COUNTERS;
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
 use serde::Serialize;
 
 use super::{
     bpf::{self, Link, NewProgram},
     kernel_types::Offsets,
+    pins::map_pin,
 };
 use crate::{
     Error, Result,
@@ -45,12 +49,15 @@ use crate::{
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/interceptor-ebpf"));
 
 /// The maps that are pinned, by their names.
-pub(crate) const MAPS: [&str; 7] = [
+pub(crate) const MAPS: [&str; 10] = [
+    "ASKED",
     "ATTACHMENT",
     "COUNTERS",
+    "GENERATION",
     "HANDSHAKES",
     "LISTENERS",
     "ORIGINS",
+    "PREFIXES",
     "ROUTES",
     "SETTINGS",
 ];
@@ -96,6 +103,17 @@ pub(crate) static LINKS: [Hook; 7] = [
     hook("connect6", BPF_PROG_TYPE_CGROUP_SOCK_ADDR, BPF_CGROUP_INET6_CONNECT),
 ];
 
+/// The programs for DNS over UDP, which only pods that capture DNS have.
+#[rustfmt::skip]
+pub(crate) static DNS_LINKS: [Hook; 6] = [
+    hook("udp_recvmsg4", BPF_PROG_TYPE_CGROUP_SOCK_ADDR, BPF_CGROUP_UDP4_RECVMSG),
+    hook("udp_recvmsg6", BPF_PROG_TYPE_CGROUP_SOCK_ADDR, BPF_CGROUP_UDP6_RECVMSG),
+    hook("udp_sendmsg4", BPF_PROG_TYPE_CGROUP_SOCK_ADDR, BPF_CGROUP_UDP4_SENDMSG),
+    hook("udp_sendmsg6", BPF_PROG_TYPE_CGROUP_SOCK_ADDR, BPF_CGROUP_UDP6_SENDMSG),
+    hook("udp_connect4", BPF_PROG_TYPE_CGROUP_SOCK_ADDR, BPF_CGROUP_INET4_CONNECT),
+    hook("udp_connect6", BPF_PROG_TYPE_CGROUP_SOCK_ADDR, BPF_CGROUP_INET6_CONNECT),
+];
+
 /// aya-log's map.
 const LOGS: &str = "AYA_LOGS";
 
@@ -119,6 +137,35 @@ pub enum LogLevel {
     Trace = 5,
 }
 
+impl LogLevel {
+    /// The level of this number.
+    pub(crate) fn from_number(number: u64) -> Self {
+        [
+            Self::Off,
+            Self::Error,
+            Self::Warn,
+            Self::Info,
+            Self::Debug,
+            Self::Trace,
+        ]
+        .into_iter()
+        .find(|level| u64::from(*level as u8) == number)
+        .unwrap_or_default()
+    }
+}
+
+/// Where an object's maps come from.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Maps<'a> {
+    /// They are made.
+    New {
+        /// How many counters there shall be.
+        counters: u32,
+    },
+    /// They are those pinned in a pod's directory.
+    Pinned(&'a Path),
+}
+
 /// The object of one pod, in the kernel but attached to nothing.
 #[derive(Debug)]
 pub(crate) struct Object {
@@ -127,11 +174,16 @@ pub(crate) struct Object {
 }
 
 impl Object {
-    /// Loads the programs and creates their maps.
+    /// Loads the programs for `hooks` and creates their maps.
     ///
     /// By the library's parts: its loader as a whole would parse all types of
     /// the kernel, which takes longer than everything else.
-    pub(crate) fn load(netns: NetnsId, log_level: LogLevel) -> Result<Self> {
+    pub(crate) fn load<'a>(
+        netns: NetnsId,
+        log_level: LogLevel,
+        maps: Maps<'_>,
+        hooks: impl Iterator<Item = &'a Hook>,
+    ) -> Result<Self> {
         raise_locked_memory();
         let offsets = Offsets::of_running_kernel()?;
         let mut object = aya_obj::Object::parse(OBJECT).map_err(EbpfError::from)?;
@@ -143,6 +195,10 @@ impl Object {
         let mut globals = vec![
             ("NETNS_INODE", netns_inode.to_ne_bytes().to_vec()),
             ("HAS_SET_RETVAL", vec![u8::from(has_set_retval())]),
+            (
+                "HAS_INGRESS_IFINDEX",
+                vec![u8::from(offsets.has_ingress_ifindex)],
+            ),
             ("AYA_LOG_LEVEL", vec![log_level as u8]),
         ];
         globals.extend(
@@ -157,8 +213,8 @@ impl Object {
             .patch_map_data(globals.collect())
             .map_err(EbpfError::from)?;
         let types = load_types(&mut object)?;
-        let maps = create_maps(&mut object, log_level, &types)?;
-        let programs = load_programs(&object, &types)?;
+        let maps = make_maps(&mut object, log_level, maps, &types)?;
+        let programs = load_programs(&object, hooks, &types)?;
         Ok(Self { maps, programs })
     }
 
@@ -235,10 +291,12 @@ fn load_types(object: &mut aya_obj::Object) -> Result<OwnedFd> {
     bpf::load_types(&types).map_err(Error::system("loading the programs' own types"))
 }
 
-/// Creates the maps and tells the programs of them.
-fn create_maps(
+/// Creates the maps, or opens those that are pinned, and tells the programs of
+/// them.
+fn make_maps(
     object: &mut aya_obj::Object,
     log_level: LogLevel,
+    from: Maps<'_>,
     types: &OwnedFd,
 ) -> Result<BTreeMap<String, Map>> {
     let mut maps = Vec::new();
@@ -247,8 +305,18 @@ fn create_maps(
             // Nobody writes to it: the least that a ring buffer can have.
             definition.set_max_entries(page_size());
         }
-        let map = MapData::create(definition.clone(), &name, Some(types.as_fd()))
-            .map_err(EbpfError::from)?;
+        if let Maps::New { counters } = from
+            && name == "COUNTERS"
+        {
+            definition.set_max_entries(counters);
+        }
+        let map = match from {
+            Maps::Pinned(directory) if MAPS.contains(&name.as_str()) => {
+                MapData::from_pin(map_pin(directory, &name))
+            }
+            _ => MapData::create(definition.clone(), &name, Some(types.as_fd())),
+        }
+        .map_err(EbpfError::from)?;
         let failed = |error| Error::system(format!("filling the map {name}"))(error);
         if !definition.data().is_empty() {
             bpf::write_first(map.fd().as_fd(), definition.data()).map_err(failed)?;
@@ -282,13 +350,13 @@ fn create_maps(
 
 /// Loads all programs at once: they take the kernel's verifier the most time,
 /// and it verifies on each CPU.
-fn load_programs(
+fn load_programs<'a>(
     object: &aya_obj::Object,
+    hooks: impl Iterator<Item = &'a Hook>,
     types: &OwnedFd,
 ) -> Result<BTreeMap<&'static str, OwnedFd>> {
     thread::scope(|scope| {
-        let loading: Vec<_> = LINKS
-            .iter()
+        let loading: Vec<_> = hooks
             .map(|hook| {
                 let load = move || load_program(object, hook, types);
                 (hook.program, scope.spawn(load))
@@ -337,8 +405,7 @@ pub struct ForeignProgram {
 /// The programs attached to `cgroup` itself on the hooks that we use, but for
 /// our own.
 pub fn foreign_programs(cgroup: &Cgroup) -> Vec<ForeignProgram> {
-    LINKS
-        .iter()
+    all_hooks()
         .filter(|hook| !hook.to_netns())
         .filter_map(|hook| {
             let (ids, exclusive) = bpf::attached_programs(cgroup.as_fd(), hook.attach_type).ok()?;
@@ -386,9 +453,15 @@ pub fn load_only() -> Result<Vec<ProgramSize>> {
         device: 0,
         inode: 0,
     };
-    let object = Object::load(nowhere, LogLevel::Trace)?;
-    LINKS
-        .iter()
+    let object = Object::load(
+        nowhere,
+        LogLevel::Trace,
+        Maps::New {
+            counters: MAX_COUNTERS,
+        },
+        all_hooks(),
+    )?;
+    all_hooks()
         .map(|hook| {
             let info = bpf::program_info(object.program(hook).as_fd())
                 .map_err(Error::system(format!("asking about {}", hook.program)))?;
@@ -399,6 +472,11 @@ pub fn load_only() -> Result<Vec<ProgramSize>> {
             })
         })
         .collect()
+}
+
+/// All hooks.
+fn all_hooks() -> impl Iterator<Item = &'static Hook> {
+    LINKS.iter().chain(&DNS_LINKS)
 }
 
 /// Who keeps others from attaching to `cgroup`: the exclusive programs on it

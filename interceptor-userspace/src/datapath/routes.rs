@@ -10,7 +10,7 @@ use std::{
 use futures_util::TryStreamExt as _;
 use interceptor_common::{
     conn::Address,
-    routes::{MAX_ROUTES, Route, RouteKind},
+    routes::{LOOPBACK, MAX_ROUTES, Route, RouteKind},
 };
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use rtnetlink::{
@@ -18,6 +18,7 @@ use rtnetlink::{
     packet_route::{
         AddressFamily,
         address::AddressAttribute,
+        link::LinkAttribute,
         route::{RouteAddress, RouteAttribute, RouteMessage, RouteType},
         rule::{RuleAction, RuleAttribute},
     },
@@ -86,6 +87,13 @@ pub(crate) fn read(netns: &Netns) -> Result<Routes> {
                 prefixes.entry(prefix).or_insert(Candidate::remote());
             }
         }
+        // In the map, IPv4 addresses lie below the prefix of all IPv6 ones.
+        prefixes
+            .entry(Ipv4Net::default().into())
+            .or_insert(Candidate {
+                kind: RouteKind::Unreachable,
+                ..Candidate::remote()
+            });
         let all: Vec<IpNet> = prefixes.keys().copied().collect();
         let mut routes = Routes::new();
         for (prefix, candidate) in prefixes {
@@ -98,7 +106,11 @@ pub(crate) fn read(netns: &Netns) -> Result<Routes> {
                 },
             };
             let source = source.map_or(Address::UNSPECIFIED, Address::from);
-            routes.insert(prefix, Route::new(candidate.kind, source));
+            let interface = match candidate.kind {
+                RouteKind::Local => LOOPBACK,
+                RouteKind::Remote | RouteKind::Unreachable => candidate.out_interface,
+            };
+            routes.insert(prefix, Route::new(candidate.kind, source, interface));
         }
         Ok(routes)
     })
@@ -109,6 +121,8 @@ pub(crate) fn read(netns: &Netns) -> Result<Routes> {
 struct Candidate {
     kind: RouteKind,
     source: Option<IpAddr>,
+    /// 0 if it isn't one.
+    out_interface: u32,
     /// The table's place in the order of look-up, then the metric: the least
     /// wins.
     rank: (u8, u32),
@@ -119,6 +133,7 @@ impl Candidate {
         Self {
             kind: RouteKind::Local,
             source: Some(source),
+            out_interface: LOOPBACK,
             rank: (0, 0),
         }
     }
@@ -127,6 +142,7 @@ impl Candidate {
         Self {
             kind: RouteKind::Remote,
             source: None,
+            out_interface: 0,
             rank: (u8::MAX, u32::MAX),
         }
     }
@@ -235,8 +251,70 @@ pub(crate) fn remove_passthrough(netns: &Netns, address: Ipv6Addr) -> Result<()>
     })
 }
 
-/// The index of `lo` in every network namespace.
-const LOOPBACK: u32 = 1;
+/// Whether the mesh's own tool would give the namespace IPv6 chains: if the first
+/// address that isn't its own alone is of IPv6; with `dual_stack`, if any is.
+///
+/// # Errors
+///
+/// If the addresses can't be read.
+pub fn has_ipv6(netns: &Netns, dual_stack: bool) -> Result<bool> {
+    with_netlink(netns, async |handle| {
+        let mut found = false;
+        let mut messages = Box::pin(handle.address().get().execute());
+        while let Some(message) = messages
+            .try_next()
+            .await
+            .map_err(failed("reading addresses"))?
+        {
+            let address = message
+                .attributes
+                .iter()
+                .find_map(|attribute| match attribute {
+                    AddressAttribute::Address(address) => Some(*address),
+                    _ => None,
+                });
+            let Some(address) = address else { continue };
+            let only_here = match address {
+                IpAddr::V4(v4) => v4.is_loopback() || v4.is_link_local(),
+                IpAddr::V6(v6) => {
+                    v6.is_loopback()
+                        || v6.is_unicast_link_local()
+                        || message.header.index == LOOPBACK
+                }
+            };
+            if !only_here {
+                found = address.is_ipv6();
+                if found || !dual_stack {
+                    break;
+                }
+            }
+        }
+        Ok(found)
+    })
+}
+
+/// The names and indexes of the namespace's interfaces.
+pub(crate) fn interfaces(netns: &Netns) -> Result<Vec<(String, u32)>> {
+    with_netlink(netns, async |handle| {
+        let mut found = Vec::new();
+        let mut messages = Box::pin(handle.link().get().execute());
+        while let Some(message) = messages
+            .try_next()
+            .await
+            .map_err(failed("reading interfaces"))?
+        {
+            let name = message
+                .attributes
+                .iter()
+                .find_map(|attribute| match attribute {
+                    LinkAttribute::IfName(name) => Some(name.clone()),
+                    _ => None,
+                });
+            found.extend(name.map(|name| (name, message.header.index)));
+        }
+        Ok(found)
+    })
+}
 
 /// Runs `work` with a netlink socket of the namespace.
 fn with_netlink<T: Send>(
@@ -287,6 +365,14 @@ fn candidate(message: &RouteMessage) -> Option<(IpNet, Candidate)> {
             _ => None,
         })
         .unwrap_or_default();
+    let out_interface = message
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            RouteAttribute::Oif(index) => Some(*index),
+            _ => None,
+        })
+        .unwrap_or_default();
     let prefix = prefix_of(message)?;
     let source = source_of(message).or(match (prefix, kind) {
         // A local IPv6 address is its own source (RFC 6724, section 5, rule 1).
@@ -300,6 +386,7 @@ fn candidate(message: &RouteMessage) -> Option<(IpNet, Candidate)> {
         Candidate {
             kind,
             source,
+            out_interface,
             rank: (order_of_table(table)?, metric),
         },
     ))

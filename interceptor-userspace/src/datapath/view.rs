@@ -8,9 +8,9 @@ use std::{
 use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray};
 use interceptor_common::{
     chains::Chain,
-    config::Settings,
+    config,
     conn::{Address, Endpoint, Handshake},
-    counters::{COUNTERS, Event, rule_index},
+    counters::{Event, rule_index},
     listeners::{ProxyPort, SLOTS},
     pod::Attachment,
     routes::Route,
@@ -20,22 +20,31 @@ use serde::Serialize;
 use super::{
     attach::need_root,
     bpf::{Link, LinkTarget},
-    object::{LINKS, MAPS, has_set_retval},
+    object::{DNS_LINKS, Hook, LINKS, LogLevel, MAPS, Maps, Object, has_set_retval},
     pins::{Pins, link_pin, map_pin},
     plain::Plain,
+    policy,
 };
 use crate::{
     Error, Result,
-    pod::{PodName, cgroup},
+    pod::{
+        PodName,
+        cgroup::{self, Cgroup},
+        netns::{Netns, NetnsId},
+    },
+    settings::{ChainRule, Family, Settings},
 };
 
 /// An attached pod, seen through its pins.
 #[derive(Debug)]
 pub(crate) struct Opened {
     pod: PodName,
-    directory: PathBuf,
+    pub(crate) directory: PathBuf,
     pub(crate) attachment: Attachment,
+    /// What people wrote.
     pub(crate) settings: Settings,
+    /// What the programs read.
+    pub(crate) compiled: config::Settings,
 }
 
 /// A pod's attachment.
@@ -49,16 +58,8 @@ pub struct PodView {
     pub cgroup: Option<PathBuf>,
     /// The inode of its network namespace.
     pub netns_inode: u64,
-    /// Uids that are the proxy's.
-    pub proxy_uids: Vec<u32>,
-    /// Gids that are the proxy's.
-    pub proxy_gids: Vec<u32>,
-    /// Where outbound connections go.
-    pub outbound_port: u16,
-    /// Where inbound connections go.
-    pub inbound_port: u16,
-    /// Inbound ports left alone.
-    pub excluded_inbound_ports: Vec<u16>,
+    /// Its settings.
+    pub settings: Settings,
     /// The level of the programs' log, 0 (off) to 5 (trace).
     pub log_level: u64,
     /// Where its pins lie.
@@ -97,6 +98,8 @@ pub struct ListenerView {
     pub outbound: usize,
     /// On the inbound port.
     pub inbound: usize,
+    /// On the port for DNS over TCP.
+    pub dns: usize,
 }
 
 /// How often an event happened.
@@ -113,6 +116,9 @@ pub struct EventView {
 pub struct ChainView {
     /// The chain's name.
     pub chain: String,
+    /// Whose it is: of `IPv4`, of `IPv6`, or of `both` if they have the same
+    /// rules.
+    pub family: &'static str,
     /// From which of the kernel's chains it is reached.
     pub from: &'static str,
     /// Its rules in order.
@@ -125,11 +131,12 @@ pub struct RuleView {
     /// Its number in the chain, from 1.
     pub number: u32,
     /// What happens to a connection that matches.
-    pub target: &'static str,
+    pub target: String,
     /// What it matches, in the words of iptables.
     pub text: String,
-    /// How many connections it has decided.
-    pub hits: u64,
+    /// How many connections it has decided; none for a rule that came after the
+    /// pod was attached and for which there is no counter.
+    pub hits: Option<u64>,
 }
 
 /// The attached pods' names.
@@ -150,7 +157,6 @@ pub fn pods(pins: &Pins) -> Result<Vec<PodName>> {
 pub fn view(pins: &Pins, pod: &PodName) -> Result<PodView> {
     let opened = Opened::of(pins, pod)?;
     let links = opened.check()?;
-    let settings = &opened.settings;
     let handshakes: HashMap<MapData, Plain<Handshake>, Plain<Endpoint>> =
         opened.map("HANDSHAKES")?;
     let routes: LpmTrie<MapData, Plain<Address>, Plain<Route>> = opened.map("ROUTES")?;
@@ -160,16 +166,13 @@ pub fn view(pins: &Pins, pod: &PodName) -> Result<PodView> {
         cgroup_id: opened.attachment.cgroup_id,
         cgroup: cgroup::path_of(opened.attachment.cgroup_id),
         netns_inode: opened.attachment.netns_inode,
-        proxy_uids: settings.proxy_uids.iter().collect(),
-        proxy_gids: settings.proxy_gids.iter().collect(),
-        outbound_port: settings.outbound_port,
-        inbound_port: settings.inbound_port,
-        excluded_inbound_ports: settings.excluded_inbound_ports.iter().collect(),
+        settings: opened.settings.clone(),
         log_level: opened.attachment.log_level,
         links,
         listeners: ListenerView {
             outbound: opened.listeners(ProxyPort::Outbound)?,
             inbound: opened.listeners(ProxyPort::Inbound)?,
+            dns: opened.listeners(ProxyPort::Dns)?,
         },
         handshakes: handshakes.keys().count(),
         routes: routes.keys().count(),
@@ -197,27 +200,66 @@ pub fn view(pins: &Pins, pod: &PodName) -> Result<PodView> {
 pub fn chains(pins: &Pins, pod: &PodName) -> Result<Vec<ChainView>> {
     let opened = Opened::of(pins, pod)?;
     let counters = opened.counters()?;
-    Ok([(Chain::Output, "OUTPUT"), (Chain::Inbound, "PREROUTING")]
-        .into_iter()
-        .map(|(chain, from)| ChainView {
+    let hits = |chain, number, family| -> Option<u64> {
+        let index = rule_index(chain, number, family == Family::V4);
+        counters.get(index as usize).copied()
+    };
+    let mut views = Vec::new();
+    for (chain, from) in [
+        (Chain::Out, ""),
+        (Chain::Output, "OUTPUT"),
+        (Chain::In, ""),
+        (Chain::Inbound, "PREROUTING"),
+    ] {
+        let [v4, v6] = Family::ALL.map(|family| opened.settings.rules(chain, family));
+        let view = |rules: &[ChainRule], families: &[Family], family| ChainView {
             chain: chain.to_string(),
+            family,
             from,
-            rules: rules(&opened.settings, chain)
-                .into_iter()
-                .zip(1..)
-                .map(|((text, target), number)| RuleView {
+            rules: (1..)
+                .zip(rules)
+                .map(|(number, rule)| RuleView {
                     number,
-                    target,
-                    text,
-                    hits: counters[rule_index(chain, number) as usize],
+                    target: rule.target.clone(),
+                    text: rule.matches.clone(),
+                    hits: families
+                        .iter()
+                        .map(|family| hits(chain, number, *family))
+                        .sum(),
                 })
                 .collect(),
-        })
-        .collect())
+        };
+        if twins(&v4, &v6) {
+            if !v4.is_empty() {
+                views.push(view(&v4, &Family::ALL, "both"));
+            }
+            continue;
+        }
+        for (rules, family, name) in [(v4, Family::V4, "IPv4"), (v6, Family::V6, "IPv6")] {
+            if !rules.is_empty() {
+                views.push(view(&rules, &[family], name));
+            }
+        }
+    }
+    Ok(views)
+}
+
+/// Whether the rules differ only in what each family calls localhost.
+fn twins(v4: &[ChainRule], v6: &[ChainRule]) -> bool {
+    let as_v6 = |rule: &ChainRule| {
+        rule.matches
+            .replace("127.0.0.1/32", "::1/128")
+            .replace("127.0.0.6/32", "::6/128")
+    };
+    v4.len() == v6.len()
+        && v4
+            .iter()
+            .zip(v6)
+            .all(|(v4, v6)| v4.target == v6.target && as_v6(v4) == v6.matches)
 }
 
 impl Opened {
-    fn of(pins: &Pins, pod: &PodName) -> Result<Self> {
+    pub(crate) fn of(pins: &Pins, pod: &PodName) -> Result<Self> {
         need_root()?;
         let directory = pins.pod(pod);
         if !directory.exists() {
@@ -236,17 +278,21 @@ impl Opened {
             directory: directory.to_owned(),
             attachment: bytemuck::Zeroable::zeroed(),
             settings: Settings::default(),
+            compiled: bytemuck::Zeroable::zeroed(),
         };
         let attachments: Array<MapData, Plain<Attachment>> = opened.map("ATTACHMENT")?;
         opened.attachment = attachments
             .get(&0, 0)
             .map_err(Error::map("reading", "ATTACHMENT"))?
             .0;
-        let settings: Array<MapData, Plain<Settings>> = opened.map("SETTINGS")?;
-        opened.settings = settings
-            .get(&0, 0)
+        let generation = policy::generation(&opened)?;
+        let settings: Array<MapData, Plain<config::Settings>> = opened.map("SETTINGS")?;
+        opened.compiled = settings
+            .get(&generation, 0)
             .map_err(Error::map("reading", "SETTINGS"))?
             .0;
+        opened.settings = policy::read_declared(directory, generation)
+            .map_err(|missing| opened.damaged(missing))?;
         Ok(opened)
     }
 
@@ -256,8 +302,13 @@ impl Opened {
         for name in MAPS {
             self.open_map(name)?;
         }
+        // Those for DNS may have been attached later, or never.
+        let dns = DNS_LINKS
+            .iter()
+            .filter(|hook| self.settings.dns.is_on() || self.has_link(hook));
         LINKS
             .iter()
+            .chain(dns)
             .map(|hook| {
                 let path = link_pin(&self.directory, hook.program);
                 let info = Link::open(&path)
@@ -284,6 +335,47 @@ impl Opened {
             .collect()
     }
 
+    fn has_link(&self, hook: &Hook) -> bool {
+        link_pin(&self.directory, hook.program).exists()
+    }
+
+    /// The pod's network namespace.
+    pub(crate) fn netns(&self) -> Result<Netns> {
+        Netns::find(NetnsId {
+            device: self.attachment.netns_device,
+            inode: self.attachment.netns_inode,
+        })
+        .ok_or_else(|| self.damaged("its network namespace is gone".to_owned()))
+    }
+
+    /// Attaches the programs for DNS over UDP, if they aren't.
+    pub(crate) fn attach_dns(&self, netns: &Netns) -> Result<()> {
+        let missing: Vec<&Hook> = DNS_LINKS
+            .iter()
+            .filter(|hook| !self.has_link(hook))
+            .collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let path = cgroup::path_of(self.attachment.cgroup_id)
+            .ok_or_else(|| self.damaged("its cgroup is gone".to_owned()))?;
+        let cgroup = Cgroup::open(&path)?;
+        let object = Object::load(
+            netns.id(),
+            LogLevel::from_number(self.attachment.log_level),
+            Maps::Pinned(&self.directory),
+            missing.iter().copied(),
+        )?;
+        for hook in missing {
+            let path = link_pin(&self.directory, hook.program);
+            object
+                .attach(hook, &cgroup, netns)?
+                .pin(&path)
+                .map_err(Error::system(format!("pinning {}", path.display())))?;
+        }
+        Ok(())
+    }
+
     /// A pinned map.
     pub(crate) fn map<T: TryFrom<Map, Error = MapError>>(&self, name: &'static str) -> Result<T> {
         let data = self.open_map(name)?;
@@ -308,7 +400,7 @@ impl Opened {
     /// All counters, summed over the CPUs.
     fn counters(&self) -> Result<Vec<u64>> {
         let map: PerCpuArray<MapData, u64> = self.map("COUNTERS")?;
-        (0..COUNTERS)
+        (0..map.len())
             .map(|index| {
                 map.get(&index, 0)
                     .map(|values| values.iter().sum())
@@ -317,45 +409,12 @@ impl Opened {
             .collect()
     }
 
-    fn listeners(&self, port: ProxyPort) -> Result<usize> {
+    pub(crate) fn listeners(&self, port: ProxyPort) -> Result<usize> {
         let map = self.open_map("LISTENERS")?;
         Ok((port.first_slot()..port.first_slot() + SLOTS)
             .filter(|slot| super::bpf::socket_cookie(map.fd().as_fd(), *slot).is_some())
             .count())
     }
-}
-
-/// A chain's rules: what each matches in the words of iptables, and its target.
-fn rules(settings: &Settings, chain: Chain) -> Vec<(String, &'static str)> {
-    let mut rules = Vec::new();
-    match chain {
-        Chain::Output => {
-            let localhost = settings.localhost_v4;
-            rules.push((format!("-s {}/32 -o lo", settings.passthrough_v4), "RETURN"));
-            for (option, owners) in [
-                ("--uid-owner", settings.proxy_uids),
-                ("--gid-owner", settings.proxy_gids),
-            ] {
-                for owner in owners.iter() {
-                    rules.push((
-                        format!("! -d {localhost}/32 -o lo -m owner {option} {owner}"),
-                        "ISTIO_IN_REDIRECT",
-                    ));
-                    rules.push((format!("-o lo -m owner ! {option} {owner}"), "RETURN"));
-                    rules.push((format!("-m owner {option} {owner}"), "RETURN"));
-                }
-            }
-            rules.push((format!("-d {localhost}/32"), "RETURN"));
-            rules.push((String::new(), "ISTIO_REDIRECT"));
-        }
-        Chain::Inbound => {
-            for port in settings.excluded_inbound_ports.iter() {
-                rules.push((format!("-p tcp -m tcp --dport {port}"), "RETURN"));
-            }
-            rules.push(("-p tcp".to_owned(), "ISTIO_IN_REDIRECT"));
-        }
-    }
-    rules
 }
 
 const fn event_words(event: Event) -> &'static str {
@@ -378,33 +437,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_rules_in_words_are_the_seed_chains() {
-        let text = include_str!("../../../tests/oracle/seed-rules.v4");
-        for chain in [Chain::Output, Chain::Inbound] {
-            let prefix = format!("-A {chain} ");
-            let expected: Vec<&str> = text
-                .lines()
-                .filter_map(|line| line.strip_prefix(&prefix))
-                .collect();
-            let ours: Vec<String> = rules(&Settings::default(), chain)
-                .into_iter()
-                .map(|(text, target)| format!("{text} -j {target}").trim().to_owned())
-                .collect();
-            assert_eq!(ours, expected);
-        }
-    }
-
-    #[test]
-    fn a_chain_has_no_more_rules_than_counters() {
-        use interceptor_common::config::{MAX_EXCLUDED_PORTS, MAX_OWNERS, Owners, Ports};
-        let settings = Settings {
-            proxy_uids: Owners::new(&[1; MAX_OWNERS]).unwrap(),
-            proxy_gids: Owners::new(&[1; MAX_OWNERS]).unwrap(),
-            excluded_inbound_ports: Ports::new(&[1; MAX_EXCLUDED_PORTS]).unwrap(),
+    fn chains_of_both_families_are_one_if_they_say_the_same() {
+        let rules =
+            |settings: &Settings| Family::ALL.map(|family| settings.rules(Chain::Output, family));
+        let [v4, v6] = rules(&Settings::default());
+        assert!(twins(&v4, &v6));
+        let [v4, v6] = rules(&Settings {
+            excluded_outbound_cidrs: vec!["10.0.0.0/8".parse().unwrap()],
             ..Settings::default()
-        };
-        for chain in [Chain::Output, Chain::Inbound] {
-            assert_eq!(rules(&settings, chain).len(), chain.most_rules());
-        }
+        });
+        assert!(!twins(&v4, &v6));
     }
 }

@@ -17,7 +17,7 @@ use nix::{
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::{
-    Connect, Listen, Numbered, Outcome, Reply, Request, Served,
+    Connect, Listen, Means, Numbered, Outcome, Reply, Request, Served,
     calls::{Actor, payload},
     lock,
     sockets::Sockets,
@@ -78,8 +78,14 @@ fn serve(id: u64, request: Request, state: &State) -> Result<Reply> {
                 .remove(&id)
                 .context("no such listener")?;
             for Listener { socket, accepting } in closed {
-                // Ends accept(); the socket closes with its last owner.
-                socket.shutdown(Shutdown::Both).context("shut down")?;
+                // Ends accept(); the socket closes with its last owner. (One of
+                // UDP isn't connected, but its reader ends.)
+                match socket.shutdown(Shutdown::Both) {
+                    Err(error) if error.kind() != ErrorKind::NotConnected => {
+                        return Err(error).context("shut down");
+                    }
+                    _ => {}
+                }
                 accepting.join().ok().context("the listener panicked")?;
             }
             Ok(Reply::Done)
@@ -110,7 +116,14 @@ fn listen(request: &Listen) -> Result<Vec<Listener>> {
             let socket = Arc::new(socket);
             let accepting = thread::spawn({
                 let (socket, name) = (Arc::clone(&socket), request.name.clone());
-                move || accept_loop(&socket, &name)
+                let datagrams = request.datagrams;
+                move || {
+                    if datagrams {
+                        answer_loop(&socket, &name);
+                    } else {
+                        accept_loop(&socket, &name);
+                    }
+                }
             });
             Listener { socket, accepting }
         })
@@ -118,15 +131,79 @@ fn listen(request: &Listen) -> Result<Vec<Listener>> {
 }
 
 fn open_listener(request: &Listen, address: SocketAddr) -> io::Result<Socket> {
-    let socket = tcp_socket(address)?;
+    let socket = if request.datagrams {
+        udp_socket(address)?
+    } else {
+        tcp_socket(address)?
+    };
     if address.ip() == Ipv6Addr::UNSPECIFIED {
         socket.set_only_v6(request.v6only)?;
+    }
+    if request.transparent {
+        set_transparent(&socket, address)?;
     }
     socket.set_reuse_address(true)?;
     socket.set_reuse_port(request.sockets > 1)?;
     socket.bind(&address.into())?;
-    socket.listen(request.backlog)?;
+    if !request.datagrams {
+        socket.listen(request.backlog)?;
+    }
     Ok(socket)
+}
+
+fn set_transparent(socket: &Socket, address: SocketAddr) -> io::Result<()> {
+    let (level, name) = if address.is_ipv4() {
+        (libc::SOL_IP, libc::IP_TRANSPARENT)
+    } else {
+        (libc::SOL_IPV6, libc::IPV6_TRANSPARENT)
+    };
+    let on: libc::c_int = 1;
+    // SAFETY: the kernel reads a number of the length given.
+    let result = unsafe {
+        libc::setsockopt(
+            std::os::fd::AsRawFd::as_raw_fd(socket),
+            level,
+            name,
+            (&raw const on).cast(),
+            4,
+        )
+    };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// Answers each datagram with what it looked like. Ends when the socket is shut
+/// down.
+fn answer_loop(socket: &Socket, name: &str) {
+    let mut room = [std::mem::MaybeUninit::uninit(); 64];
+    loop {
+        match socket.recv_from(&mut room) {
+            // Shut down.
+            Ok((0, _)) => return,
+            Ok((_, from)) => {
+                let Some(peer) = from.as_socket() else {
+                    continue;
+                };
+                let Ok(local) = local_address(socket) else {
+                    continue;
+                };
+                let served = Served {
+                    server: name.to_owned(),
+                    original_dst: Err("-".to_owned()),
+                    getpeername: canonical(peer),
+                    getsockname: canonical(local),
+                };
+                if let Ok(line) = serde_json::to_vec(&served) {
+                    let _ = socket.send_to(&line, &from);
+                }
+            }
+            // An earlier answer that found nobody.
+            Err(_) => {}
+        }
+    }
 }
 
 /// Ends when the socket is shut down.
@@ -177,6 +254,10 @@ fn tell_and_echo(mut socket: &Socket, served: &Served) {
 }
 
 fn connect(request: &Connect) -> Result<Outcome> {
+    if request.means != Means::Tcp {
+        let asked = as_actor(request.owner, || ask(request))?;
+        return Ok(asked.unwrap_or_else(|error| Outcome::Failed(error_name(&error))));
+    }
     let opened = as_actor(request.owner, || open_connection(request))?;
     let (socket, getpeername) = match opened {
         Ok(opened) => opened,
@@ -192,6 +273,57 @@ fn connect(request: &Connect) -> Result<Outcome> {
         getsockname,
         getpeername,
         served,
+    })
+}
+
+/// Sends a datagram and waits for the answer.
+fn ask(request: &Connect) -> io::Result<Outcome> {
+    let socket = udp_socket(request.to)?;
+    if let Some(address) = request.bind {
+        socket.bind(&address.into())?;
+    }
+    socket.set_read_timeout(Some(request.timeout))?;
+    let to = request.to.into();
+    let mut peer = None;
+    if request.means == Means::ConnectedDatagram {
+        socket.connect(&to)?;
+        peer = Some(
+            socket
+                .peer_addr()
+                .map_err(|error| error_name(&error))
+                .and_then(|address| address.as_socket().ok_or_else(|| "no address".to_owned())),
+        );
+        socket.send(b"?")?;
+    } else {
+        socket.send_to(b"?", &to)?;
+    }
+    let getsockname = local_address(&socket).map_err(io::Error::other)?;
+    let mut room = [std::mem::MaybeUninit::uninit(); 2048];
+    let (length, from) = match socket.recv_from(&mut room) {
+        Ok(answer) => answer,
+        Err(error) => {
+            return Ok(Outcome::Connected {
+                getsockname,
+                getpeername: peer.unwrap_or_else(|| Err("-".to_owned())),
+                served: Err(error_name(&error)),
+            });
+        }
+    };
+    let line: Vec<u8> = room[..length]
+        .iter()
+        // SAFETY: the kernel has written that many bytes.
+        .map(|byte| unsafe { byte.assume_init() })
+        .collect();
+    let from = from.as_socket().ok_or_else(|| "no address".to_owned());
+    let getpeername = match peer {
+        Some(peer) if peer != from => Err(format!("peer {peer:?}, answer from {from:?}")),
+        Some(peer) => peer,
+        None => from,
+    };
+    Ok(Outcome::Connected {
+        getsockname,
+        getpeername,
+        served: serde_json::from_slice(&line).map_err(|error| error.to_string()),
     })
 }
 
@@ -266,6 +398,14 @@ fn tcp_socket(address: SocketAddr) -> io::Result<Socket> {
         Domain::for_address(address),
         Type::STREAM,
         Some(Protocol::TCP),
+    )
+}
+
+fn udp_socket(address: SocketAddr) -> io::Result<Socket> {
+    Socket::new(
+        Domain::for_address(address),
+        Type::DGRAM,
+        Some(Protocol::UDP),
     )
 }
 
