@@ -1,8 +1,10 @@
 //! The way in: which listener gets a new connection.
 
+use core::ptr::from_ref;
+
 use aya_ebpf::{
     bindings::{
-        BPF_SK_LOOKUP_F_REPLACE, bpf_sk_lookup,
+        BPF_SK_LOOKUP_F_REPLACE,
         sk_action::{SK_DROP, SK_PASS},
     },
     helpers::generated::{bpf_sk_assign, bpf_sk_release},
@@ -20,7 +22,7 @@ use interceptor_common::{
 };
 
 use crate::{
-    context::{bound_address, looked_up, read, unknown_to_verifier},
+    context::{bound_address, forget, looked_up, read, unknown_to_verifier},
     listeners::proxy_port,
     maps::{self, handshakes},
 };
@@ -33,6 +35,15 @@ enum Choice {
     Nothing,
     /// A listener of the proxy.
     Listener(ProxyPort),
+}
+
+/// Which listener a connection gets, by itself on the stack for the verifier.
+struct Wanted {
+    first_slot: u32,
+    /// 1 for a connection of the pod with itself, 0 for one that arrives.
+    from_inside: u32,
+    /// The port asked for.
+    port: u16,
 }
 
 #[sk_lookup]
@@ -56,15 +67,21 @@ pub(crate) fn find_listener(ctx: SkLookupContext) -> u32 {
         Choice::Nothing => return SK_DROP,
         Choice::Listener(port) => port,
     };
+    let mut wanted = Wanted {
+        first_slot: port.first_slot(),
+        from_inside: inside.into(),
+        port: local.port,
+    };
+    forget(&mut wanted);
     // With no listener known, the kernel's own look-up decides on a connection
     // from inside: it refuses, or finds one that can't be registered.
-    if assign(ctx.lookup, port.first_slot(), inside.into()) != 0 || inside {
+    if assign(&ctx, &wanted) || wanted.from_inside != 0 {
         return SK_PASS;
     }
     // To the kernel another program's choice counts for more than a refusal,
     // and a refusal can't take it back.
     maps::count(Event::NoInboundListener);
-    warn!(ctx, "refused, no proxy listens: port {}", local.port);
+    warn!(ctx, "refused, no proxy listens: port {}", wanted.port);
     SK_DROP
 }
 
@@ -121,45 +138,36 @@ fn from_inside(settings: &Settings, local: Endpoint, remote: Endpoint) -> Choice
     }
 }
 
-/// Gives the connection to the first listener that is for it, of the [`SLOTS`]
-/// from `first_slot` on; 0 if there is none.
-///
-/// A global function, as BPF calls it: the verifier walks it once, whichever way
-/// it is come to.
-#[unsafe(no_mangle)]
-#[inline(never)]
-extern "C" fn assign(context: *mut bpf_sk_lookup, first_slot: u32, from_inside: u32) -> u32 {
-    (0..SLOTS)
-        .any(|slot| assign_slot(context, first_slot + slot, from_inside) != 0)
-        .into()
-}
-
-/// Gives the connection to the listener in a slot; 0 if there is none, or if it
-/// is for others.
+/// Gives the connection to a listener of the proxy; false if there is none.
 ///
 /// Replaces another program's choice: REDIRECT also comes before any look-up
 /// of a socket.
-///
-/// A global function too: it is walked once, and not once for each slot.
-#[unsafe(no_mangle)]
-#[inline(never)]
-extern "C" fn assign_slot(context: *mut bpf_sk_lookup, slot: u32, from_inside: u32) -> u32 {
-    let sk = maps::listeners::get(slot);
-    if sk.is_null() {
-        return 0;
+#[inline(always)]
+fn assign(ctx: &SkLookupContext, wanted: &Wanted) -> bool {
+    for slot in 0..SLOTS {
+        let sk = maps::listeners::get(wanted.first_slot + slot);
+        if sk.is_null() {
+            continue;
+        }
+        // SAFETY: a reference is valid. Read for each slot anew, so that the
+        // verifier doesn't take along what it was for the slot before.
+        let from_inside = unsafe { from_ref(&wanted.from_inside).read_volatile() } != 0;
+        let assigned = accepts(&bound_address(sk), from_inside)
+            // SAFETY: the program's own context and a socket that it holds.
+            && unsafe {
+                bpf_sk_assign(
+                    ctx.lookup.cast(),
+                    sk.cast(),
+                    u64::from(BPF_SK_LOOKUP_F_REPLACE),
+                )
+            } == 0;
+        // SAFETY: `sk` is held, and is not used after this.
+        unsafe {
+            bpf_sk_release(sk.cast());
+        }
+        if assigned {
+            return true;
+        }
     }
-    let assigned = accepts(&bound_address(sk), from_inside != 0)
-        // SAFETY: the program's own context and a socket that it holds.
-        && unsafe {
-            bpf_sk_assign(
-                context.cast(),
-                sk.cast(),
-                u64::from(BPF_SK_LOOKUP_F_REPLACE),
-            )
-        } == 0;
-    // SAFETY: `sk` is held, and is not used after this.
-    unsafe {
-        bpf_sk_release(sk.cast());
-    }
-    assigned.into()
+    false
 }
