@@ -1,7 +1,5 @@
 //! The way in: which listener gets a new connection.
 
-use core::ptr::from_ref;
-
 use aya_ebpf::{
     bindings::{
         BPF_SK_LOOKUP_F_REPLACE,
@@ -15,7 +13,7 @@ use aya_log_ebpf::{debug, warn};
 use interceptor_common::{
     chains::{Chain, InboundFacts, Verdict, inbound},
     config::Settings,
-    conn::{Endpoint, Handshake, TCP, is_proxy_address_v4},
+    conn::{Address, Endpoint, Handshake, TCP, is_proxy_address_v4},
     counters::Event,
     listeners::{ProxyPort, SLOTS, accepts},
     routes::RouteKind,
@@ -149,10 +147,8 @@ fn assign(ctx: &SkLookupContext, wanted: &Wanted) -> bool {
         if sk.is_null() {
             continue;
         }
-        // SAFETY: a reference is valid. Read for each slot anew, so that the
-        // verifier doesn't take along what it was for the slot before.
-        let from_inside = unsafe { from_ref(&wanted.from_inside).read_volatile() } != 0;
-        let assigned = accepts(&bound_address(sk), from_inside)
+        let [first, second, third, fourth] = bound_address(sk).to_be32s();
+        let assigned = is_for(first, second, third, fourth, wanted.from_inside) != 0
             // SAFETY: the program's own context and a socket that it holds.
             && unsafe {
                 bpf_sk_assign(
@@ -170,4 +166,15 @@ fn assign(ctx: &SkLookupContext, wanted: &Wanted) -> bool {
         }
     }
     false
+}
+
+/// [`accepts`] for an address in four words, whose bytes are in network order.
+///
+/// A global function, as BPF calls it: the verifier walks it once, and not once
+/// for each slot. (With a context among its arguments Linux 5.10 refuses it.)
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn is_for(first: u32, second: u32, third: u32, fourth: u32, from_inside: u32) -> u32 {
+    let address = Address::from_be32s([first, second, third, fourth]);
+    accepts(&address, from_inside != 0).into()
 }
