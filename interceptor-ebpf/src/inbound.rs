@@ -53,8 +53,7 @@ pub(crate) fn find_listener(ctx: SkLookupContext) -> u32 {
         return SK_DROP;
     };
     let (local, remote) = looked_up(ctx.lookup);
-    let inside =
-        matches!(maps::route(&remote.address), Some(route) if route.is(RouteKind::Local));
+    let inside = matches!(maps::route(&remote.address), Some(route) if route.is(RouteKind::Local));
     let choice = if inside {
         from_inside(settings, local, remote)
     } else {

@@ -79,7 +79,9 @@ pub(crate) extern "C" fn register_listeners(context: *const TcpIterator) -> i32 
         return 0;
     }
     if let Some(proxy_port) = proxy_port(settings, port) {
-        register(proxy_port.first_slot(), |slot| maps::listeners::insert_held(slot, sock));
+        register(proxy_port.first_slot(), |slot| {
+            maps::listeners::insert_held(slot, sock)
+        });
     }
     0
 }

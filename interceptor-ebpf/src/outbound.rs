@@ -22,7 +22,8 @@ use interceptor_common::{
 
 use crate::{
     context::{
-        AF_INET, SockAddrIn, SockAddrIn6, asked_v4, asked_v6, bound, ends, forget, read, set_v4, set_v6, unknown_to_verifier,
+        AF_INET, SockAddrIn, SockAddrIn6, asked_v4, asked_v6, bound, ends, forget, read, set_v4,
+        set_v6, unknown_to_verifier,
     },
     kernel, listeners,
     maps::{self, handshakes, origins},

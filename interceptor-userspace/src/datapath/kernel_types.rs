@@ -315,7 +315,9 @@ mod tests {
         assert_eq!(get("CRED_FSGID"), get("CRED_FSUID") + 4);
         let library = aya::Btf::from_sys_fs().unwrap();
         assert_eq!(
-            library.id_by_type_name_kind(ITERATOR, BtfKind::Func).unwrap(),
+            library
+                .id_by_type_name_kind(ITERATOR, BtfKind::Func)
+                .unwrap(),
             types.iterator
         );
     }

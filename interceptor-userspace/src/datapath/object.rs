@@ -96,11 +96,7 @@ pub(crate) static LINKS: [Hook; 7] = [
 ];
 
 /// The iterator program that finds listeners older than the attachment.
-static LISTENER_ITERATOR: Hook = hook(
-    "register_listeners",
-    BPF_PROG_TYPE_TRACING,
-    BPF_TRACE_ITER,
-);
+static LISTENER_ITERATOR: Hook = hook("register_listeners", BPF_PROG_TYPE_TRACING, BPF_TRACE_ITER);
 
 /// aya-log's map.
 const LOGS: &str = "AYA_LOGS";
@@ -156,7 +152,9 @@ impl Object {
                 .iter()
                 .map(|(global, offset)| (*global, offset.to_ne_bytes().to_vec())),
         );
-        let globals = globals.iter().map(|(name, value)| (*name, (&value[..], true)));
+        let globals = globals
+            .iter()
+            .map(|(name, value)| (*name, (&value[..], true)));
         object
             .patch_map_data(globals.collect())
             .map_err(EbpfError::from)?;
@@ -221,8 +219,7 @@ impl Object {
     pub(crate) fn register_listeners(&self, netns: &Netns) -> Result<()> {
         let failed = || Error::system("looking for listeners with a BPF iterator");
         let program = self.program(&LISTENER_ITERATOR).as_fd();
-        let link =
-            Link::create(program, None, LISTENER_ITERATOR.attach_type).map_err(failed())?;
+        let link = Link::create(program, None, LISTENER_ITERATOR.attach_type).map_err(failed())?;
         // The iterator walks the namespace of the thread that opens it.
         netns.enter(|| {
             link.iterate()
@@ -268,7 +265,11 @@ fn create_maps(
         }
         maps.push((name, definition, map));
     }
-    let sections = object.functions.keys().map(|(section, _)| *section).collect();
+    let sections = object
+        .functions
+        .keys()
+        .map(|(section, _)| *section)
+        .collect();
     object
         .relocate_maps(
             maps.iter().map(|(name, definition, map)| {
@@ -354,8 +355,7 @@ pub fn foreign_programs(cgroup: &Cgroup) -> Vec<ForeignProgram> {
         .iter()
         .filter(|hook| !hook.to_netns())
         .filter_map(|hook| {
-            let (ids, exclusive) =
-                bpf::attached_programs(cgroup.as_fd(), hook.attach_type).ok()?;
+            let (ids, exclusive) = bpf::attached_programs(cgroup.as_fd(), hook.attach_type).ok()?;
             Some(ids.into_iter().map(move |id| ForeignProgram {
                 id,
                 name: program_name(id).unwrap_or_default(),
@@ -416,8 +416,7 @@ fn exclusive_owners(cgroup: &Cgroup, attach_type: bpf_attach_type) -> Vec<String
     cgroup
         .with_ancestors()
         .filter_map(|cgroup| {
-            let (programs, exclusive) =
-                bpf::attached_programs(cgroup.as_fd(), attach_type).ok()?;
+            let (programs, exclusive) = bpf::attached_programs(cgroup.as_fd(), attach_type).ok()?;
             exclusive.then(|| {
                 let names: Vec<_> = programs
                     .into_iter()

@@ -94,8 +94,7 @@ pub(crate) enum Path {
 
 impl Path {
     /// All of them.
-    pub(crate) const ALL: [Self; 4] =
-        [Self::Outbound, Self::OutboundV6, Self::Inbound, Self::Pair];
+    pub(crate) const ALL: [Self; 4] = [Self::Outbound, Self::OutboundV6, Self::Inbound, Self::Pair];
 
     /// What it is called.
     pub(crate) const fn name(self) -> &'static str {

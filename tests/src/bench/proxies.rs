@@ -403,8 +403,7 @@ pub(crate) fn http(arguments: Http) -> Result<()> {
 
 fn answer(mut connection: TcpStream) -> std::io::Result<()> {
     const ANSWER: &[u8] = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nok\n";
-    const LAST: &[u8] =
-        b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 3\r\n\r\nok\n";
+    const LAST: &[u8] = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 3\r\n\r\nok\n";
     connection.set_nodelay(true)?;
     let mut request = [0; 4096];
     let mut length = 0;

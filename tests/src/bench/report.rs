@@ -135,7 +135,10 @@ impl Report {
 
     /// The scenarios that were measured.
     pub(crate) fn scenarios(&self) -> BTreeSet<&'static str> {
-        self.measures.iter().map(|measure| measure.scenario).collect()
+        self.measures
+            .iter()
+            .map(|measure| measure.scenario)
+            .collect()
     }
 
     /// The ratios by `<scenario>.<measure>.<mode>`, and `<scenario>.<measure>.noise`:
