@@ -213,12 +213,12 @@ pub(crate) fn add_passthrough(netns: &Netns, address: Ipv6Addr) -> Result<bool> 
         match request.execute().await {
             Ok(()) => {
                 // The kernel enters it into its local table a little later.
-                for _ in 0..100 {
+                for _ in 0..1000 {
                     let route = ask_route(handle, address.into()).await;
                     if route.is_some_and(|route| route.header.kind == RouteType::Local) {
                         break;
                     }
-                    tokio::time::sleep(Duration::from_millis(10)).await;
+                    tokio::time::sleep(Duration::from_millis(1)).await;
                 }
                 Ok(true)
             }

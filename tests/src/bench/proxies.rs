@@ -24,6 +24,7 @@ use super::{
     pair::listens,
     rounds::{Data, whose_turn},
     say, signals,
+    stage::flush,
 };
 use crate::{
     cli::Cli,
@@ -121,8 +122,12 @@ impl Load {
                 command
             }
         };
+        // sockperf can't listen while there are connections in TIME_WAIT.
+        flush(pod.peer())?;
         let mut process = Process::start(&mut command)?;
-        process.wait_until_it_listens(pod.peer(), PORT)?;
+        process
+            .wait_until_it_listens(pod.peer(), PORT)
+            .with_context(|| format!("{command:?}"))?;
         Ok(process)
     }
 
