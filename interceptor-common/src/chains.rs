@@ -107,8 +107,10 @@ pub struct Owner {
 }
 
 impl Owner {
-    /// What no list of owners can hold: the kernel's invalid uid and gid.
-    const NONE: Self = Self {
+    /// What no list of owners can hold, the kernel's invalid uid and gid: a socket
+    /// without a file has it, which matches no `--uid-owner` and every `!
+    /// --uid-owner`.
+    pub const NONE: Self = Self {
         uid: u32::MAX,
         gid: u32::MAX,
     };
@@ -131,9 +133,8 @@ pub struct OutputFacts {
     /// The index of the interface that the packet goes out through; 0 if that
     /// isn't known.
     pub out_interface: u32,
-    /// Whose socket it is; `None` for a socket without a file, which matches
-    /// no `--uid-owner` and every `! --uid-owner`.
-    pub owner: Option<Owner>,
+    /// Whose socket it is.
+    pub owner: Owner,
 }
 
 /// The facts of a connection that arrives at the pod.
@@ -202,7 +203,7 @@ pub fn output(settings: &Settings, lists: &impl Lists, facts: &OutputFacts) -> D
     {
         return decision;
     }
-    let owner = facts.owner.unwrap_or(Owner::NONE);
+    let owner = facts.owner;
     if proxy_owner(settings, lists, List::ProxyUids, owner.uid) == 0
         && proxy_owner(settings, lists, List::ProxyGids, owner.gid) == 0
     {
@@ -278,7 +279,7 @@ fn nat_output(
         return direct(Chain::Output, family.passthrough_rule);
     }
 
-    let owner = facts.owner.unwrap_or(Owner::NONE);
+    let owner = facts.owner;
     let localhost = family.is_localhost(&facts.destination);
     let dns = family.has(stages::DNS) && port == DNS;
     let to_itself = tcp && lo && !localhost && (port != settings.tunnel_port || port == 0);

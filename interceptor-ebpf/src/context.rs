@@ -1,9 +1,16 @@
 //! Reading the contexts that the kernel hands to programs: one field at a time,
 //! each with its byte order made plain.
 
-use core::{arch::asm, mem::offset_of, ptr::addr_of_mut};
+use core::{
+    arch::asm,
+    mem::offset_of,
+    ptr::{addr_of_mut, from_mut, from_ref},
+};
 
-use aya_ebpf::bindings::{bpf_sk_lookup, bpf_sock, bpf_sock_addr, bpf_sock_ops};
+use aya_ebpf::{
+    bindings::{bpf_sk_lookup, bpf_sock, bpf_sock_addr, bpf_sock_ops},
+    helpers::generated::bpf_probe_read_kernel,
+};
 use interceptor_common::conn::{Address, Endpoint};
 
 pub(crate) const AF_INET: u32 = 2;
@@ -68,16 +75,18 @@ pub(crate) fn opaque(value: u32, unknown: u32) -> u32 {
     }
 }
 
-/// [`opaque`] for an address.
+/// Has the verifier forget what it knows of a value on the stack, so that it
+/// walks what follows once, and not for each way in which the value came about.
 #[inline(always)]
-pub(crate) fn opaque_address(address: &Address, unknown: u32) -> Address {
-    Address::from_be32s(address.to_be32s().map(|word| opaque(word, unknown)))
-}
-
-/// [`opaque`] for a yes or no.
-#[inline(always)]
-pub(crate) fn opaque_bool(value: bool, unknown: u32) -> bool {
-    opaque(u32::from(value), unknown) != 0
+pub(crate) fn forget<T>(value: &mut T) {
+    // SAFETY: copies the value onto itself.
+    unsafe {
+        bpf_probe_read_kernel(
+            from_mut(value).cast(),
+            size_of::<T>() as u32,
+            from_ref(value).cast(),
+        );
+    }
 }
 
 /// Reads an IPv4 address.

@@ -11,7 +11,7 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::{debug, warn};
 use interceptor_common::{
-    chains::{OutputFacts, Verdict, output},
+    chains::{OutputFacts, Owner, Verdict, output},
     config::{LOCALHOST_V4, LOCALHOST_V6, Settings},
     conn::{Address, Endpoint, Role, UDP},
     counters::Event,
@@ -232,7 +232,7 @@ fn captured(
         destination_port: endpoint.port,
         over_loopback,
         out_interface,
-        owner: kernel::owner_by_copy(sk),
+        owner: kernel::owner_by_copy(sk).unwrap_or(Owner::NONE),
     };
     let decision = forgotten(settings, output(settings, &ListMap, &facts));
     maps::count_decision(&decision, &destination);

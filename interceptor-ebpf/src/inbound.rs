@@ -20,7 +20,7 @@ use interceptor_common::{
 };
 
 use crate::{
-    context::{bound_address, looked_up, opaque, opaque_bool, read},
+    context::{bound_address, forget, looked_up, read},
     kernel,
     listeners::proxy_port,
     maps::{self, ListMap, handshakes},
@@ -35,6 +35,15 @@ enum Choice {
     Nothing,
     /// A listener of the proxy.
     Listener(ProxyPort),
+}
+
+/// Which listener a connection gets, by itself on the stack for the verifier.
+struct Wanted {
+    first_slot: u32,
+    /// 1 for a connection of the pod with itself, 0 for one that arrives.
+    from_inside: u32,
+    /// The port asked for.
+    port: u16,
 }
 
 #[sk_lookup]
@@ -57,18 +66,21 @@ pub(crate) fn find_listener(ctx: SkLookupContext) -> u32 {
         Choice::Nothing => return SK_DROP,
         Choice::Listener(port) => port,
     };
-    let unknown = settings.generation;
-    let first = opaque(port.first_slot(), unknown);
-    let inside = opaque_bool(inside, unknown);
+    let mut wanted = Wanted {
+        first_slot: port.first_slot(),
+        from_inside: inside.into(),
+        port: local.port,
+    };
+    forget(&mut wanted);
     // With no listener known, the kernel's own look-up decides on a connection
     // from inside: it refuses, or finds one that can't be registered.
-    if assign(&ctx, first, inside) || inside {
+    if assign(&ctx, &wanted) || wanted.from_inside != 0 {
         return SK_PASS;
     }
     // To the kernel another program's choice counts for more than a refusal,
     // and a refusal can't take it back.
     maps::count(Event::NoInboundListener);
-    warn!(ctx, "refused, no proxy listens: port {}", local.port);
+    warn!(ctx, "refused, no proxy listens: port {}", wanted.port);
     SK_DROP
 }
 
@@ -139,20 +151,19 @@ fn from_inside(settings: &Settings, local: Endpoint, remote: Endpoint) -> Choice
     }
 }
 
-/// Gives the connection to one of the listeners from the slot `first` on; false
-/// if there is none for it.
+/// Gives the connection to a listener of the proxy; false if there is none.
 ///
 /// Replaces another program's choice: REDIRECT also comes before any look-up
 /// of a socket.
 #[inline(always)]
-fn assign(ctx: &SkLookupContext, first: u32, from_inside: bool) -> bool {
+fn assign(ctx: &SkLookupContext, wanted: &Wanted) -> bool {
     for slot in 0..SLOTS {
-        let sk = maps::listeners::get(first + slot);
+        let sk = maps::listeners::get(wanted.first_slot + slot);
         if sk.is_null() {
             continue;
         }
         let [one, two, three, four] = bound_address(sk).to_be32s();
-        let assigned = is_for(one, two, three, four, from_inside.into()) != 0
+        let assigned = is_for(one, two, three, four, wanted.from_inside) != 0
             // SAFETY: the program's own context and a socket that it holds.
             && unsafe {
                 bpf_sk_assign(

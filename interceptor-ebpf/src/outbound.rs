@@ -13,7 +13,7 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::{debug, warn};
 use interceptor_common::{
-    chains::{Chain, Decision, OutputFacts, Verdict, output},
+    chains::{Chain, Decision, OutputFacts, Owner, Verdict, output},
     config::{LOCALHOST_V4, LOCALHOST_V6, Settings},
     conn::{Address, Endpoint, Handshake, Role, TCP, is_proxy_address_v4, proxy_address_v4},
     counters::Event,
@@ -22,8 +22,8 @@ use interceptor_common::{
 
 use crate::{
     context::{
-        AF_INET, SockAddrIn, SockAddrIn6, asked_v4, asked_v6, bound, ends, opaque, opaque_address,
-        opaque_bool, read, set_v4, set_v6,
+        AF_INET, SockAddrIn, SockAddrIn6, asked_v4, asked_v6, bound, ends, forget, opaque, read,
+        set_v4, set_v6,
     },
     kernel, listeners,
     maps::{self, ListMap, handshakes, origins},
@@ -43,6 +43,20 @@ enum Connect {
     Redirected,
     /// Fail with `ECONNREFUSED`.
     Refused,
+}
+
+/// What connect() found out before it decides.
+struct Found {
+    destination: Endpoint,
+    source: Address,
+    owner: Owner,
+    out_interface: u32,
+    local_port: u16,
+    over_loopback: bool,
+    unreachable: bool,
+    bound_to_any: bool,
+    source_was_chosen: bool,
+    connected_before: bool,
 }
 
 #[cgroup_sock_addr(connect4)]
@@ -119,19 +133,13 @@ fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Connect {
         local.address = Address::UNSPECIFIED;
     }
 
-    let unknown = settings.generation;
     let destination = Endpoint::new(
-        opaque_address(
-            &effective_destination(&endpoint.address, &local.address),
-            unknown,
-        ),
+        effective_destination(&endpoint.address, &local.address),
         endpoint.port,
     );
     let route = maps::route(&destination.address);
     let over_loopback = matches!(route, Some(route) if route.is(RouteKind::Local));
-    let over_loopback = opaque_bool(over_loopback, unknown);
     let unreachable = !matches!(route, Some(route) if !route.is(RouteKind::Unreachable));
-    let unreachable = opaque_bool(unreachable, unknown);
     let (route_source, route_interface) = match route {
         Some(route) => (route.source, route.out_interface),
         None => (Address::UNSPECIFIED, 0),
@@ -141,14 +149,37 @@ fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Connect {
         0 => route_interface,
         device => device,
     };
-    let out_interface = opaque(out_interface, unknown);
-    let bound_to_any = opaque_bool(local.address.is_unspecified(), unknown);
+    let bound_to_any = local.address.is_unspecified();
     let source = if bound_to_any {
         route_source
     } else {
         local.address
     };
-    let source = opaque_address(&source, unknown);
+    let mut found = Found {
+        destination,
+        source,
+        owner: kernel::owner(sock).unwrap_or(Owner::NONE),
+        out_interface,
+        local_port: local.port,
+        over_loopback,
+        unreachable,
+        bound_to_any,
+        source_was_chosen,
+        connected_before: previous.is_some(),
+    };
+    forget(&mut found);
+    let Found {
+        destination,
+        source,
+        owner,
+        out_interface,
+        local_port,
+        over_loopback,
+        unreachable,
+        bound_to_any,
+        source_was_chosen,
+        connected_before,
+    } = found;
 
     let verdict = if destination.address.is_never_reachable()
         || (source.is_v4() && source.is_loopback() && !over_loopback)
@@ -164,7 +195,7 @@ fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Connect {
             destination_port: destination.port,
             over_loopback,
             out_interface,
-            owner: kernel::owner(sock),
+            owner,
         };
         let decision = forgotten(settings, output(settings, &ListMap, &facts));
         if !unreachable {
@@ -188,7 +219,7 @@ fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Connect {
             if source_was_chosen {
                 unbind(ctx.sock_addr, sk, &endpoint.address);
             }
-            if previous.is_some() {
+            if connected_before {
                 origins::forget(sk);
             }
             return Connect::AsAsked;
@@ -223,7 +254,7 @@ fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Connect {
     if bound_to_any {
         if source.is_unspecified() {
             maps::count(Event::SourceNotKept);
-        } else if local.port != 0 || !source.is_v4() {
+        } else if local_port != 0 || !source.is_v4() {
             // A port bound to any address can't be bound again, and bind()
             // would make an AF_INET6 socket IPv6's alone for ever. To the
             // proxy's port on the source address itself, that is the source.

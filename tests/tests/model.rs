@@ -218,7 +218,10 @@ fn policy_output(compiled: &Compiled, packet: &Packet<'_>) -> Decision {
         destination_port: packet.destination_port,
         over_loopback: out_interface == "lo",
         out_interface: index_of(out_interface),
-        owner: owner.map(|Owner { uid, gid }| chains::Owner { uid, gid }),
+        owner: owner.map_or(chains::Owner::NONE, |Owner { uid, gid }| chains::Owner {
+            uid,
+            gid,
+        }),
     };
     normal(chains::output(
         &compiled.settings,

@@ -111,10 +111,10 @@ pub fn explain(pins: &Pins, pod: &PodName, question: &Question) -> Result<Explan
         destination_port: question.to.port(),
         over_loopback,
         out_interface: route.map_or(0, |route| route.out_interface),
-        owner: Some(Owner {
+        owner: Owner {
             uid: question.uid,
             gid: question.gid,
-        }),
+        },
     };
     let decision = output(&opened.compiled, &lists, &facts);
     let interface = match &opened.netns().and_then(|netns| routes::interfaces(&netns)) {
