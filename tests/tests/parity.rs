@@ -917,7 +917,7 @@ fn virtual_interfaces_are_refused() -> Result<()> {
     bed.install(&mesh)?;
     let side = &bed.interceptor;
     for (netns, command) in [
-        (side.pod.peer(), "route add throw 10.99.0.0/24 table local"),
+        (side.pod.peer(), "route add throw 10.98.0.0/15 table local"),
         (side.pod.peer(), "route add 10.99.0.0/24 via 10.76.0.2"),
         (side.pod.netns(), "rule add iif eth1 lookup 100"),
         (side.pod.netns(), "route add local default dev lo table 100"),
