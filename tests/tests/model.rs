@@ -492,6 +492,7 @@ const CONNECTIONS: usize = 200;
 proptest! {
     #![proptest_config(Config {
         cases: 1000,
+        max_shrink_iters: 100,
         failure_persistence: Some(Box::new(FileFailurePersistence::WithSource("regressions"))),
         ..Config::default()
     })]

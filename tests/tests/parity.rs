@@ -747,13 +747,13 @@ fn connection(mesh: &Mesh, random: [usize; 6]) -> Connection {
 fn random_settings() -> Result<()> {
     let pairs: u32 = match env::var("PARITY_CASES") {
         Ok(cases) => cases.parse().context("PARITY_CASES")?,
-        Err(_) => 600,
+        Err(_) => 400,
     };
     let bed = std::cell::RefCell::new(Bed::new()?);
     let mut runner = TestRunner::new(Config {
         cases: pairs.div_ceil(u32::try_from(CONNECTIONS)?),
         // Each step takes as long as the case.
-        max_shrink_iters: 60,
+        max_shrink_iters: 10,
         failure_persistence: Some(Box::new(FileFailurePersistence::WithSource("regressions"))),
         source_file: Some(file!()),
         ..Config::default()
@@ -917,7 +917,7 @@ fn virtual_interfaces_are_refused() -> Result<()> {
     bed.install(&mesh)?;
     let side = &bed.interceptor;
     for (netns, command) in [
-        (side.pod.peer(), "route add throw 10.99.0.0/24 table local"),
+        (side.pod.peer(), "route add throw 10.98.0.0/15 table local"),
         (side.pod.peer(), "route add 10.99.0.0/24 via 10.76.0.2"),
         (side.pod.netns(), "rule add iif eth1 lookup 100"),
         (side.pod.netns(), "route add local default dev lo table 100"),

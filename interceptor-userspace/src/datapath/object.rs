@@ -405,7 +405,14 @@ pub struct ForeignProgram {
 /// The programs attached to `cgroup` itself on the hooks that we use, but for
 /// our own.
 pub fn foreign_programs(cgroup: &Cgroup) -> Vec<ForeignProgram> {
-    all_hooks()
+    let dns_alone = DNS_LINKS.iter().filter(|hook| {
+        LINKS
+            .iter()
+            .all(|link| link.attach_type != hook.attach_type)
+    });
+    LINKS
+        .iter()
+        .chain(dns_alone)
         .filter(|hook| !hook.to_netns())
         .filter_map(|hook| {
             let (ids, exclusive) = bpf::attached_programs(cgroup.as_fd(), hook.attach_type).ok()?;
@@ -417,7 +424,7 @@ pub fn foreign_programs(cgroup: &Cgroup) -> Vec<ForeignProgram> {
             }))
         })
         .flatten()
-        .filter(|foreign| foreign.name != foreign.hook)
+        .filter(|foreign| all_hooks().all(|hook| hook.program != foreign.name))
         .collect()
 }
 

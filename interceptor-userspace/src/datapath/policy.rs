@@ -203,13 +203,12 @@ pub(crate) fn change_to(opened: &Opened, settings: &Settings) -> Result<Change> 
         settings: compiled,
         prefixes,
     } = settings.compile(&place, next)?;
-    if settings == old
-        && opened.compiled
-            == (config::Settings {
-                generation: opened.compiled.generation,
-                ..compiled
-            })
-    {
+    let same = config::Settings {
+        generation: opened.compiled.generation,
+        ..compiled
+    };
+    // Interfaces may have come and gone.
+    if settings == old && opened.compiled == same && place.interfaces.is_empty() {
         return Ok(Change::None);
     }
     if settings.dns.is_on() {
