@@ -94,8 +94,9 @@ fn text(report: &Report) -> Result<String> {
     writeln!(
         text,
         "\n## How it is measured\n\n\
-         `cargo xtask bench` as root; `--quick` takes under three minutes, and `--full` adds what \
-         takes long. `cargo xtask bench --full --write-docs` wrote this page, the plots and \
+         `cargo xtask bench` as root; `--quick` takes under three minutes, `--full` adds what takes \
+         long, and `--proxies` real proxies. `cargo xtask bench --full --proxies --write-docs`, on a machine that \
+         does nothing else, wrote this page, the plots and \
          [all numbers](performance/results.json).\n\n\
          Each mode has pods of its own. A round measures everything once in every mode, one right \
          after the other, in an order that changes. A ratio is that of a mode to `direct` in the \
