@@ -3,7 +3,7 @@
 
 fn main() {
     // LLVM would lay some loops out so that their way back is a fall-through,
-    // which kernels before 6.9 refuse as a "back-edge".
+    // which Linux 6.1 and 5.10 refuse as a "back-edge".
     println!("cargo::rustc-link-arg-bins=--llvm-args=-disable-block-placement");
     if let Ok(linker) = which::which("bpf-linker") {
         println!("cargo::rerun-if-changed={}", linker.display());
