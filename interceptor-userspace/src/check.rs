@@ -121,8 +121,10 @@ pub fn check(cgroup: Option<&Cgroup>, netns: Option<&Netns>) -> Vec<Check> {
 }
 
 /// The capabilities that attaching needs, by their numbers (linux/capability.h).
-const CAPABILITIES: [(&str, u32); 4] = [
+const CAPABILITIES: [(&str, u32); 5] = [
     ("CAP_NET_ADMIN", 12),
+    // To take listeners that are older than the attachment from their processes.
+    ("CAP_SYS_PTRACE", 19),
     ("CAP_SYS_ADMIN", 21),
     ("CAP_PERFMON", 38),
     ("CAP_BPF", 39),
@@ -272,6 +274,12 @@ fn helpers() -> impl Iterator<Item = Check> {
             Outcome::Warn,
         ),
         (
+            ProgramType::CgroupSockAddr,
+            BpfHelper::BPF_FUNC_probe_read_kernel,
+            "5.8",
+            Outcome::Fail,
+        ),
+        (
             ProgramType::SockOps,
             BpfHelper::BPF_FUNC_sk_storage_get,
             "5.8",
@@ -304,6 +312,12 @@ fn helpers() -> impl Iterator<Item = Check> {
         (
             ProgramType::SkLookup,
             BpfHelper::BPF_FUNC_sk_assign,
+            "5.9",
+            Outcome::Fail,
+        ),
+        (
+            ProgramType::SkLookup,
+            BpfHelper::BPF_FUNC_probe_read_kernel,
             "5.9",
             Outcome::Fail,
         ),

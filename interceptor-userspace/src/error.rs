@@ -32,7 +32,9 @@ pub enum Error {
     },
 
     /// The caller lacks a privilege.
-    #[error("needs root (CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON, CAP_SYS_ADMIN): run it with sudo")]
+    #[error(
+        "needs root (CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON, CAP_SYS_ADMIN, CAP_SYS_PTRACE): run it with sudo"
+    )]
     NotRoot,
 
     /// A path that is no directory of the cgroup v2 tree.

@@ -21,7 +21,7 @@ use crate::{
 /// The one suite of the tests' package that needs no pod.
 const MODEL: &str = "model";
 /// The suite that compares with the mesh's own chains.
-const PARITY: &str = "parity";
+pub(crate) const PARITY: &str = "parity";
 
 /// What to test.
 #[derive(Debug, clap::Args)]

@@ -19,7 +19,7 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::{
     process::target,
     setup::{self, Need},
-    test::{Counts, pod_suites},
+    test::{Counts, PARITY, pod_suites},
 };
 
 mod debian;
@@ -41,9 +41,13 @@ const GUESTS: usize = 2;
 const LIMIT: Duration = Duration::from_secs(1200);
 
 /// Suites that no guest runs, and why.
-const NOT_IN_GUESTS: [(&str, &str); 2] = [
+const NOT_IN_GUESTS: [(&str, &str); 3] = [
     ("demo", "its cases are those of the suite cases"),
     ("load", "it measures, and an emulated machine has no speed"),
+    (
+        "parity",
+        "it makes thousands of connections, and an emulated machine is slow",
+    ),
 ];
 
 /// Parts of the names of tests that no guest runs: their proxies are too big,
@@ -151,6 +155,7 @@ pub(crate) fn outputs(wanted: &[Wanted], arguments: &[&str]) -> Result<Vec<(Stri
 pub(crate) fn test(wanted: &[Wanted], arguments: &[String]) -> Result<ExitCode> {
     setup::ensure(NEEDS)?;
     let mut suites = pod_suites()?;
+    suites.push(PARITY.to_owned());
     suites.retain(|suite| {
         let not = NOT_IN_GUESTS.iter().find(|(name, _)| name == suite);
         if let Some((name, why)) = not {
