@@ -103,14 +103,14 @@ impl Address {
     }
 
     /// Whether the kernel makes no TCP connection to this address, whatever the
-    /// routes: IPv4 multicast, limited broadcast and `0.0.0.0/8` (but for the
-    /// unspecified address), IPv6 multicast.
+    /// routes: multicast, and IPv4's limited broadcast. (`0.0.0.0/8` but for the
+    /// unspecified address is like any other since Linux 5.3.)
     #[inline(always)]
     pub fn is_never_reachable(&self) -> bool {
         let words = self.to_be32s();
         if self.is_v4() {
             let v4 = u32::from_be(words[3]);
-            v4 >> 28 == 0xe || v4 == u32::MAX || (v4 >> 24 == 0 && v4 != 0)
+            v4 >> 28 == 0xe || v4 == u32::MAX
         } else {
             u32::from_be(words[0]) >> 24 == 0xff
         }
@@ -319,8 +319,8 @@ mod tests {
             ("126.255.255.255", false, false, false),
             ("128.0.0.0", false, false, false),
             ("0.0.0.0", false, true, false),
-            ("0.0.0.1", false, false, true),
-            ("0.255.255.255", false, false, true),
+            ("0.0.0.1", false, false, false),
+            ("0.255.255.255", false, false, false),
             ("1.0.0.0", false, false, false),
             ("223.255.255.255", false, false, false),
             ("224.0.0.0", false, false, true),

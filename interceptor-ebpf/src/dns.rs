@@ -149,21 +149,21 @@ fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Redirect {
     }
     let unbound = local.address.is_unspecified();
     let mut source = local.address;
-    let asked = *endpoint;
-    if !captured(ctx, sk, endpoint, &mut source) {
+    let asked = endpoint.address;
+    let Some(server) = captured(ctx, sk, endpoint, &mut source) else {
         if source_was_chosen {
-            unbind(ctx.sock_addr, sk, &asked.address);
+            unbind(ctx.sock_addr, sk, &asked);
         }
         if previous.is_some() {
             origins::forget(sk);
         }
         return Redirect::No;
-    }
+    };
     let source_chosen = unbound && !source.is_unspecified() && bind(ctx.sock_addr, sk, source);
     if unbound && !source_chosen {
         maps::count(Event::SourceNotKept);
     }
-    if origins::set(sk, &asked, Role::Client, u32::from(source_chosen)) {
+    if origins::set(sk, &server, Role::Client, u32::from(source_chosen)) {
         Redirect::Yes
     } else {
         impossible(ctx)
@@ -177,10 +177,9 @@ fn send(ctx: &SockAddrContext, endpoint: &mut Endpoint, source: &mut Address) ->
     let Some(sk) = socket(ctx) else {
         return Redirect::No;
     };
-    let server = *endpoint;
-    if !captured(ctx, sk, endpoint, source) {
+    let Some(server) = captured(ctx, sk, endpoint, source) else {
         return Redirect::No;
-    }
+    };
     if asked::set(sk, &server) {
         Redirect::Yes
     } else {
@@ -194,28 +193,26 @@ fn impossible(ctx: &SockAddrContext) -> Redirect {
     Redirect::Impossible
 }
 
-/// Whether a request is captured; then `endpoint` becomes the proxy's, and an
-/// unspecified `source` that which the request would have had.
+/// The server that a request is for, if it is captured; then `endpoint` becomes
+/// the proxy's, and an unspecified `source` that which the request would have had.
 #[inline(always)]
 fn captured(
     ctx: &SockAddrContext,
     sk: *mut bpf_sock,
     endpoint: &mut Endpoint,
     source: &mut Address,
-) -> bool {
+) -> Option<Endpoint> {
     if endpoint.port != DNS || !kernel::in_pod_by_copy(sk) {
-        return false;
+        return None;
     }
-    let Some(settings) = maps::settings() else {
-        return false;
-    };
+    let settings = maps::settings()?;
     let destination = effective_destination(&endpoint.address, source);
     let route = maps::route(&destination);
     let over_loopback = matches!(route, Some(route) if route.is(RouteKind::Local));
     let (route_source, route_interface) = match route {
         Some(route) if !route.is(RouteKind::Unreachable) => (route.source, route.out_interface),
         // The kernel's own error.
-        _ => return false,
+        _ => return None,
     };
     if source.is_unspecified() {
         *source = route_source;
@@ -241,10 +238,10 @@ fn captured(
         "DNS to {:i}: ISTIO_OUTPUT rule {}", destination.octets, decision.rule
     );
     if decision.verdict != Verdict::Dns {
-        return false;
+        return None;
     }
     *endpoint = server_of_proxy(settings, destination.is_v4());
-    true
+    Some(Endpoint::new(destination, DNS))
 }
 
 /// Where the proxy's DNS server listens.
