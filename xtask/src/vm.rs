@@ -61,10 +61,6 @@ const REPEATING: [&str; 2] = [
     "killed_at_any_moment_it_leaves_nothing_half",
 ];
 
-/// How many tests a guest runs at a time, whatever its processors: most of the
-/// time they wait for what must not happen.
-const TEST_THREADS: &str = "--test-threads=4";
-
 /// What must be there.
 const NEEDS: &[Need] = &[Need::Kernel, Need::Ip, Need::Iptables, Need::Qemu];
 
@@ -172,14 +168,7 @@ pub(crate) fn test(wanted: &[Wanted], arguments: &[String]) -> Result<ExitCode> 
     let programs = programs::build(&["interceptor"], &suites)?;
     let skips = skips.into_iter().flat_map(|name| ["--skip", name]);
     let skips = skips.map(str::to_owned);
-    let threads = arguments
-        .iter()
-        .all(|argument| !argument.starts_with("--test-threads"))
-        .then(|| TEST_THREADS.to_owned());
-    let arguments: Vec<String> = skips
-        .chain(threads)
-        .chain(arguments.iter().cloned())
-        .collect();
+    let arguments: Vec<String> = skips.chain(arguments.iter().cloned()).collect();
     let jobs: Vec<Job> = programs
         .suites()
         .iter()
