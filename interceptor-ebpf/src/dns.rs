@@ -207,6 +207,13 @@ fn captured(
     }
     let settings = maps::settings()?;
     let destination = effective_destination(&endpoint.address, source);
+    if destination == Address::v4([255; 4])
+        || !destination.is_v4() && destination.is_never_reachable()
+    {
+        // For broadcast the kernel's own error, or what SO_BROADCAST allows; and
+        // IPv6 multicast leaves the pod, whatever REDIRECT does to it.
+        return None;
+    }
     let route = maps::route(&destination);
     let over_loopback = matches!(route, Some(route) if route.is(RouteKind::Local));
     let (route_source, route_interface) = match route {
