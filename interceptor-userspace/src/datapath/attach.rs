@@ -19,7 +19,7 @@ use interceptor_common::{
 
 use super::{
     bpf::{self, Link},
-    object::{DNS_LINKS, LINKS, LogLevel, MAPS, Maps, Object},
+    object::{DNS_LINKS, Hook, LINKS, LogLevel, MAPS, Maps, Object, all_hooks},
     pins::{self, Pins, Staging, link_pin},
     plain::Plain,
     policy::{self, Change},
@@ -30,7 +30,7 @@ use crate::{
     Error, Result,
     pod::{
         PodName,
-        cgroup::Cgroup,
+        cgroup::{self, Cgroup},
         listeners::{self, Listener},
         netns::{Netns, NetnsId},
     },
@@ -191,7 +191,7 @@ fn take_apart(pod: &PodName, directory: &Path) -> Result<()> {
     // A damaged attachment can be taken apart too.
     let opened = Opened::open(pod, directory).ok();
     // First what redirects, last what redirected connections need.
-    for hook in LINKS.iter().chain(&DNS_LINKS).rev() {
+    for hook in all_hooks().rev() {
         let path = link_pin(directory, hook.program);
         match Link::open(&path).and_then(|link| link.detach()) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -254,6 +254,34 @@ fn attach_again(request: &Request<'_>, directory: &Path) -> Result<Attached> {
     Ok(Attached::Already)
 }
 
+/// Attaches the programs for DNS over UDP to a pod that is attached without them.
+pub(crate) fn attach_dns(opened: &Opened, netns: &Netns) -> Result<()> {
+    let missing: Vec<&Hook> = DNS_LINKS
+        .iter()
+        .filter(|hook| !opened.has_link(hook))
+        .collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let path = cgroup::path_of(opened.attachment.cgroup_id)
+        .ok_or_else(|| opened.damaged("its cgroup is gone".to_owned()))?;
+    let cgroup = Cgroup::open(&path)?;
+    let object = Object::load(
+        netns.id(),
+        LogLevel::from_number(opened.attachment.log_level),
+        Maps::Pinned(&opened.directory),
+        missing.iter().copied(),
+    )?;
+    for hook in missing {
+        let path = link_pin(&opened.directory, hook.program);
+        object
+            .attach(hook, &cgroup, netns)?
+            .pin(&path)
+            .map_err(Error::system(format!("pinning {}", path.display())))?;
+    }
+    Ok(())
+}
+
 /// Registers the proxy's listeners that nothing has registered yet: those that
 /// are older than the attachment, and those for which there was no place.
 /// Returns what kept others out.
@@ -265,8 +293,10 @@ fn register_listeners(map: BorrowedFd<'_>, request: &Request<'_>) -> Result<Vec<
         (request.settings.dns_port, ProxyPort::Dns),
     ];
     let found = listeners::find(request.cgroup, request.netns, &ports.map(|(port, _)| port))?;
+    if found.is_empty() {
+        return Ok(events);
+    }
     let registered: Vec<u64> = (0..ProxyPort::COUNT * SLOTS)
-        .filter(|_| !found.is_empty())
         .filter_map(|slot| bpf::socket_cookie(map, slot))
         .collect();
     for listener in found {

@@ -158,11 +158,7 @@ pub(crate) fn load_types(types: &[u8]) -> io::Result<OwnedFd> {
 /// Writes the first element of a map (`BPF_MAP_UPDATE_ELEM`), which has the
 /// size of `value`.
 pub(crate) fn write_first(map: BorrowedFd<'_>, value: &[u8]) -> io::Result<()> {
-    let key = 0u32;
-    let mut attr = zeroed_attr();
-    attr.__bindgen_anon_2.map_fd = fd_number(map);
-    attr.__bindgen_anon_2.key = (&raw const key).addr() as u64;
-    attr.__bindgen_anon_2.__bindgen_anon_1.value = value.as_ptr().addr() as u64;
+    let mut attr = element(map, &0, value.as_ptr().addr());
     bpf(bpf_cmd::BPF_MAP_UPDATE_ELEM, &mut attr).map(drop)
 }
 
@@ -293,7 +289,7 @@ fn c_path(path: &Path) -> io::Result<CString> {
 /// values from socket maps).
 pub(crate) fn socket_cookie(map: BorrowedFd<'_>, key: u32) -> Option<u64> {
     let mut cookie = 0u64;
-    let mut attr = element(map, &key, &raw mut cookie);
+    let mut attr = element(map, &key, (&raw mut cookie).addr());
     bpf(bpf_cmd::BPF_MAP_LOOKUP_ELEM, &mut attr).ok()?;
     Some(cookie)
 }
@@ -309,17 +305,18 @@ pub(crate) fn insert_socket(
     key: u32,
     socket: BorrowedFd<'_>,
 ) -> io::Result<()> {
-    let mut value = u64::from(fd_number(socket));
-    let mut attr = element(map, &key, &raw mut value);
+    let value = u64::from(fd_number(socket));
+    let mut attr = element(map, &key, (&raw const value).addr());
     attr.__bindgen_anon_2.flags = u64::from(BPF_NOEXIST);
     bpf(bpf_cmd::BPF_MAP_UPDATE_ELEM, &mut attr).map(drop)
 }
 
-fn element(map: BorrowedFd<'_>, key: &u32, value: *mut u64) -> bpf_attr {
+/// An element of a map, with where its value is or shall be.
+fn element(map: BorrowedFd<'_>, key: &u32, value: usize) -> bpf_attr {
     let mut attr = zeroed_attr();
     attr.__bindgen_anon_2.map_fd = fd_number(map);
     attr.__bindgen_anon_2.key = std::ptr::from_ref(key).addr() as u64;
-    attr.__bindgen_anon_2.__bindgen_anon_1.value = value.addr() as u64;
+    attr.__bindgen_anon_2.__bindgen_anon_1.value = value as u64;
     attr
 }
 
@@ -342,24 +339,13 @@ pub(crate) fn pinned_text(path: &Path) -> io::Result<String> {
     let map = get_pinned(path)?;
     // SAFETY: all zero is a valid value of this plain struct.
     let mut info: bpf_map_info = unsafe { std::mem::zeroed() };
-    let mut attr = zeroed_attr();
-    attr.info.bpf_fd = fd_number(map.as_fd());
-    #[expect(clippy::cast_possible_truncation, reason = "a small struct")]
-    {
-        attr.info.info_len = size_of::<bpf_map_info>() as u32;
-    }
-    attr.info.info = (&raw mut info).addr() as u64;
-    bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attr)?;
+    get_info(map.as_fd(), &mut info)?;
     if (info.type_, info.key_size) != (bpf_map_type::BPF_MAP_TYPE_ARRAY as u32, 4) {
         return Err(io::Error::other("not a map of Interceptor's"));
     }
     // The kernel rounds a value's size up when it copies.
     let mut value = vec![0u8; (info.value_size as usize).next_multiple_of(8)];
-    let key = 0u32;
-    let mut attr = zeroed_attr();
-    attr.__bindgen_anon_2.map_fd = fd_number(map.as_fd());
-    attr.__bindgen_anon_2.key = (&raw const key).addr() as u64;
-    attr.__bindgen_anon_2.__bindgen_anon_1.value = value.as_mut_ptr().addr() as u64;
+    let mut attr = element(map.as_fd(), &0, value.as_mut_ptr().addr());
     bpf(bpf_cmd::BPF_MAP_LOOKUP_ELEM, &mut attr)?;
     value.truncate(info.value_size as usize);
     String::from_utf8(value).map_err(io::Error::other)

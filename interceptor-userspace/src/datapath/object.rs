@@ -481,8 +481,8 @@ pub fn load_only() -> Result<Vec<ProgramSize>> {
         .collect()
 }
 
-/// All hooks.
-fn all_hooks() -> impl Iterator<Item = &'static Hook> {
+/// All hooks, in the order in which they are attached.
+pub(crate) fn all_hooks() -> impl DoubleEndedIterator<Item = &'static Hook> {
     LINKS.iter().chain(&DNS_LINKS)
 }
 

@@ -19,7 +19,7 @@ use interceptor_common::{
 };
 
 use super::{
-    attach::need_root,
+    attach::{attach_dns, need_root},
     bpf,
     kernel_types::Offsets,
     object::Object,
@@ -212,7 +212,7 @@ pub(crate) fn change_to(opened: &Opened, settings: &Settings) -> Result<Change> 
         return Ok(Change::None);
     }
     if settings.dns.is_on() {
-        opened.attach_dns(&netns)?;
+        attach_dns(opened, &netns)?;
     }
     // A program that still reads what a change before the last one left is done
     // before that is written over.

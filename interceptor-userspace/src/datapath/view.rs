@@ -20,7 +20,7 @@ use serde::Serialize;
 use super::{
     attach::need_root,
     bpf::{Link, LinkTarget},
-    object::{DNS_LINKS, Hook, LINKS, LogLevel, MAPS, Maps, Object, has_set_retval},
+    object::{DNS_LINKS, Hook, LINKS, MAPS, has_set_retval},
     pins::{Pins, link_pin, map_pin},
     plain::Plain,
     policy,
@@ -28,8 +28,7 @@ use super::{
 use crate::{
     Error, Result,
     pod::{
-        PodName,
-        cgroup::{self, Cgroup},
+        PodName, cgroup,
         netns::{Netns, NetnsId},
     },
     settings::{ChainRule, Family, Settings},
@@ -335,7 +334,8 @@ impl Opened {
             .collect()
     }
 
-    fn has_link(&self, hook: &Hook) -> bool {
+    /// Whether there is a pin of the hook's link.
+    pub(crate) fn has_link(&self, hook: &Hook) -> bool {
         link_pin(&self.directory, hook.program).exists()
     }
 
@@ -346,34 +346,6 @@ impl Opened {
             inode: self.attachment.netns_inode,
         })
         .ok_or_else(|| self.damaged("its network namespace is gone".to_owned()))
-    }
-
-    /// Attaches the programs for DNS over UDP, if they aren't.
-    pub(crate) fn attach_dns(&self, netns: &Netns) -> Result<()> {
-        let missing: Vec<&Hook> = DNS_LINKS
-            .iter()
-            .filter(|hook| !self.has_link(hook))
-            .collect();
-        if missing.is_empty() {
-            return Ok(());
-        }
-        let path = cgroup::path_of(self.attachment.cgroup_id)
-            .ok_or_else(|| self.damaged("its cgroup is gone".to_owned()))?;
-        let cgroup = Cgroup::open(&path)?;
-        let object = Object::load(
-            netns.id(),
-            LogLevel::from_number(self.attachment.log_level),
-            Maps::Pinned(&self.directory),
-            missing.iter().copied(),
-        )?;
-        for hook in missing {
-            let path = link_pin(&self.directory, hook.program);
-            object
-                .attach(hook, &cgroup, netns)?
-                .pin(&path)
-                .map_err(Error::system(format!("pinning {}", path.display())))?;
-        }
-        Ok(())
     }
 
     /// A pinned map.
@@ -389,7 +361,7 @@ impl Opened {
             .map_err(|error| self.damaged(format!("maps/{name}: {error}")))
     }
 
-    fn damaged(&self, missing: String) -> Error {
+    pub(crate) fn damaged(&self, missing: String) -> Error {
         Error::Damaged {
             pod: self.pod.clone(),
             path: self.directory.clone(),

@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File},
-    io,
+    io, iter,
     os::{
         fd::{AsFd, BorrowedFd},
         unix::fs::MetadataExt as _,
@@ -110,20 +110,22 @@ pub fn mount_point() -> Option<PathBuf> {
 
 /// The path of the cgroup with this number, if it still exists.
 pub fn path_of(id: u64) -> Option<PathBuf> {
-    let mut pending = vec![mount_point()?];
-    while let Some(directory) = pending.pop() {
-        if fs::metadata(&directory).is_ok_and(|metadata| metadata.ino() == id) {
-            return Some(directory);
-        }
-        let Ok(entries) = fs::read_dir(&directory) else {
-            continue;
-        };
+    with_descendants(mount_point()?)
+        .find(|directory| fs::metadata(directory).is_ok_and(|metadata| metadata.ino() == id))
+}
+
+/// A cgroup's directory and those below it, as far as they can be read.
+pub(crate) fn with_descendants(cgroup: PathBuf) -> impl Iterator<Item = PathBuf> {
+    let mut pending = vec![cgroup];
+    iter::from_fn(move || {
+        let directory = pending.pop()?;
+        let entries = fs::read_dir(&directory).into_iter().flatten();
         pending.extend(
             entries
                 .filter_map(io::Result::ok)
                 .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
                 .map(|entry| entry.path()),
         );
-    }
-    None
+        Some(directory)
+    })
 }

@@ -9,7 +9,6 @@ use std::{
     fs::{self, File},
     io::{self, BufRead as _, BufReader},
     os::fd::OwnedFd,
-    path::Path,
 };
 
 use procfs::{
@@ -22,7 +21,10 @@ use rustix::{
     process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open},
 };
 
-use super::{cgroup::Cgroup, netns::Netns};
+use super::{
+    cgroup::{self, Cgroup},
+    netns::Netns,
+};
 use crate::{Error, Result};
 
 /// A socket that listens on one of the wanted ports.
@@ -48,9 +50,9 @@ pub(crate) fn find(cgroup: &Cgroup, netns: &Netns, ports: &[u16]) -> Result<Vec<
     if wanted.is_empty() {
         return Ok(found);
     }
-    let in_pod = processes_of(cgroup.path());
+    let in_pod = processes_of(cgroup);
     let others = all_processes().into_iter().flatten().filter_map(Result::ok);
-    for process in in_pod.into_iter().chain(others) {
+    for process in in_pod.chain(others) {
         take(&process, &mut wanted, &mut found)?;
         if wanted.is_empty() {
             break;
@@ -99,24 +101,15 @@ fn read_listening(path: &str) -> io::Result<Vec<(u16, u64)>> {
 }
 
 /// The processes of a cgroup and of those below it.
-fn processes_of(cgroup: &Path) -> Vec<Process> {
-    let mut processes = Vec::new();
-    let mut pending = vec![cgroup.to_owned()];
-    while let Some(directory) = pending.pop() {
+fn processes_of(cgroup: &Cgroup) -> impl Iterator<Item = Process> {
+    cgroup::with_descendants(cgroup.path().to_owned()).flat_map(|directory| {
         let pids = fs::read_to_string(directory.join("cgroup.procs")).unwrap_or_default();
-        processes.extend(
-            pids.lines()
-                .filter_map(|pid| Process::new(pid.parse().ok()?).ok()),
-        );
-        let entries = fs::read_dir(&directory).into_iter().flatten();
-        pending.extend(
-            entries
-                .filter_map(io::Result::ok)
-                .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
-                .map(|entry| entry.path()),
-        );
-    }
-    processes
+        let processes: Vec<Process> = pids
+            .lines()
+            .filter_map(|pid| Process::new(pid.parse().ok()?).ok())
+            .collect();
+        processes
+    })
 }
 
 /// Takes the wanted sockets that the process holds.
