@@ -14,7 +14,11 @@ mod set;
 mod settings;
 mod status;
 
-use std::{io::Write as _, path::PathBuf, process::ExitCode};
+use std::{
+    io::Write as _,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 use clap::{Parser, Subcommand, ValueEnum};
 use interceptor_userspace::datapath::{DEFAULT_ROOT, Pins};
@@ -111,6 +115,15 @@ fn exit_code(result: anyhow::Result<()>) -> ExitCode {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Reads a file, or standard input for `-`.
+fn read_text(path: &Path) -> std::io::Result<String> {
+    if path.as_os_str() == "-" {
+        std::io::read_to_string(std::io::stdin())
+    } else {
+        std::fs::read_to_string(path)
     }
 }
 

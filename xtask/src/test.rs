@@ -65,6 +65,10 @@ enum Which {
 ///
 /// If something is missing, a build fails, or this isn't root's process.
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
+    ensure!(
+        args.cases.is_none() || args.which == Which::Parity,
+        "--cases is for the suite parity: cargo xtask test parity --cases N"
+    );
     if !args.vm.is_empty() {
         return vm::test(&args.vm, &args.arguments);
     }

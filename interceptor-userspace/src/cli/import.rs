@@ -1,6 +1,6 @@
 //! `interceptor import`.
 
-use std::{fs, io::Read as _, path::PathBuf};
+use std::path::PathBuf;
 
 use anyhow::Context as _;
 use interceptor_userspace::settings;
@@ -21,15 +21,7 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args, output: Output) -> anyhow::Result<()> {
     let mut text = String::new();
     for path in &args.files {
-        let mut read = || -> std::io::Result<()> {
-            if path.as_os_str() == "-" {
-                std::io::stdin().read_to_string(&mut text).map(drop)
-            } else {
-                text.push_str(&fs::read_to_string(path)?);
-                Ok(())
-            }
-        };
-        read().with_context(|| format!("reading {}", path.display()))?;
+        text += &super::read_text(path).with_context(|| format!("reading {}", path.display()))?;
         text.push('\n');
     }
     let settings = settings::import(&text).context("no settings are equal to these chains")?;

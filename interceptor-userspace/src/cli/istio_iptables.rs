@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow, bail};
 use interceptor_userspace::{
     Error,
     datapath::{self, LogLevel, Pins, Request},
@@ -292,12 +292,7 @@ fn apply(args: &Args, pins: &Pins) -> anyhow::Result<()> {
 
 fn settings(args: &Args, netns: &Netns) -> anyhow::Result<Settings> {
     let ids = |name: &str, text: &str| -> anyhow::Result<Vec<u32>> {
-        items(text)
-            .map(|id| {
-                id.parse()
-                    .with_context(|| format!("{name}: `{id}` is no id: give numbers"))
-            })
-            .collect()
+        super::settings::id_list(text).map_err(|error| anyhow!("{name}: {error}"))
     };
     let variable = |name: &str| env::var(name).unwrap_or_default();
     let proxy_uid = match args.proxy_uid.as_str() {

@@ -1,7 +1,12 @@
 //! The settings as flags and environment variables, for the commands that take
 //! them.
 
-use std::{collections::BTreeMap, fs, io::Read as _, net::IpAddr, path::PathBuf};
+use std::{
+    collections::BTreeMap,
+    fs,
+    net::IpAddr,
+    path::{Path, PathBuf},
+};
 
 use anyhow::Context as _;
 use clap::ValueEnum;
@@ -15,7 +20,7 @@ use interceptor_userspace::{
 use ipnet::Ipv4Net;
 
 /// A list whose items are checked when it is read.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 struct List<T>(Vec<T>);
 
 fn ports(text: &str) -> Result<List<PortRange>, Error> {
@@ -27,14 +32,18 @@ fn cidrs(text: &str) -> Result<List<ipnet::IpNet>, Error> {
 }
 
 fn ids(text: &str) -> Result<List<u32>, String> {
+    id_list(text).map(List)
+}
+
+/// Reads uids or gids with commas between.
+pub(super) fn id_list(text: &str) -> Result<Vec<u32>, String> {
     items(text)
         .map(|id| {
             id.parse().map_err(|_| {
                 format!("`{id}` is no id: give numbers from 0 to 4294967294 with commas between")
             })
         })
-        .collect::<Result<_, _>>()
-        .map(List)
+        .collect()
 }
 
 fn dns(text: &str) -> Result<Dns, String> {
@@ -72,7 +81,7 @@ pub(super) fn resolv_conf() -> Result<Vec<IpAddr>, String> {
         .collect())
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
 enum ProfileName {
     /// The sidecar chains that Interceptor was made for.
     Default,
@@ -93,7 +102,7 @@ impl From<ProfileName> for Profile {
 }
 
 /// The settings, each only if it was given.
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Default, PartialEq, clap::Args)]
 #[command(next_help_heading = "Settings")]
 pub(super) struct SettingsArgs {
     /// Where the settings start from; the annotations and the flags come over it.
@@ -190,52 +199,7 @@ pub(super) struct SettingsArgs {
 impl SettingsArgs {
     /// Whether nothing was given.
     pub(super) fn is_empty(&self) -> bool {
-        let Self {
-            profile,
-            annotations,
-            proxy_uid,
-            proxy_gid,
-            outbound_port,
-            inbound_port,
-            tunnel_port,
-            dns_port,
-            mode,
-            include_inbound_ports,
-            exclude_inbound_ports,
-            include_outbound_cidrs,
-            exclude_outbound_cidrs,
-            include_outbound_ports,
-            exclude_outbound_ports,
-            exclude_interfaces,
-            virtual_interfaces,
-            loopback_cidr,
-            include_owner_groups,
-            exclude_owner_groups,
-            dns,
-            ipv6,
-        } = self;
-        profile.is_none()
-            && annotations.is_none()
-            && proxy_uid.is_none()
-            && proxy_gid.is_none()
-            && outbound_port.is_none()
-            && inbound_port.is_none()
-            && tunnel_port.is_none()
-            && dns_port.is_none()
-            && mode.is_none()
-            && include_inbound_ports.is_none()
-            && exclude_inbound_ports.is_none()
-            && include_outbound_cidrs.is_none()
-            && exclude_outbound_cidrs.is_none()
-            && include_outbound_ports.is_none()
-            && exclude_outbound_ports.is_none()
-            && exclude_interfaces.is_none()
-            && virtual_interfaces.is_none()
-            && loopback_cidr.is_none()
-            && include_owner_groups.is_none()
-            && exclude_owner_groups.is_none()
-            && dns.is_none()
-            && ipv6.is_none()
+        *self == Self::default()
     }
 
     /// The settings that were given, over `base`, or over the profile if one was
@@ -315,16 +279,10 @@ fn set<T: Clone>(setting: &mut T, given: Option<&T>) {
     }
 }
 
-fn annotations(path: &PathBuf) -> anyhow::Result<BTreeMap<String, String>> {
+fn annotations(path: &Path) -> anyhow::Result<BTreeMap<String, String>> {
     let read = || -> anyhow::Result<_> {
-        let text = if path.as_os_str() == "-" {
-            let mut text = String::new();
-            std::io::stdin().read_to_string(&mut text)?;
-            text
-        } else {
-            fs::read_to_string(path)?
-        };
-        serde_json::from_str(&text).context("give one JSON object whose values are strings")
+        serde_json::from_str(&super::read_text(path)?)
+            .context("give one JSON object whose values are strings")
     };
     read().with_context(|| format!("--annotations {}", path.display()))
 }

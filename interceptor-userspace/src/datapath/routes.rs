@@ -56,20 +56,8 @@ pub(crate) fn read(netns: &Netns) -> Result<Routes> {
         }
         // The kernel enters an IPv6 address into its table of local routes a
         // little after it was added to an interface.
-        let mut messages = Box::pin(handle.address().get().execute());
-        while let Some(message) = messages
-            .try_next()
-            .await
-            .map_err(failed("reading addresses"))?
-        {
-            let address = message
-                .attributes
-                .iter()
-                .find_map(|attribute| match attribute {
-                    AddressAttribute::Address(address @ IpAddr::V6(_)) => Some(*address),
-                    _ => None,
-                });
-            if let Some(address) = address {
+        for (_, address) in addresses(handle).await? {
+            if address.is_ipv6() {
                 prefixes.insert(address.into(), Candidate::local(address));
             }
         }
@@ -259,60 +247,69 @@ pub(crate) fn remove_passthrough(netns: &Netns, address: Ipv6Addr) -> Result<()>
 /// If the addresses can't be read.
 pub fn has_ipv6(netns: &Netns, dual_stack: bool) -> Result<bool> {
     with_netlink(netns, async |handle| {
-        let mut found = false;
-        let mut messages = Box::pin(handle.address().get().execute());
-        while let Some(message) = messages
-            .try_next()
-            .await
-            .map_err(failed("reading addresses"))?
-        {
-            let address = message
-                .attributes
-                .iter()
-                .find_map(|attribute| match attribute {
-                    AddressAttribute::Address(address) => Some(*address),
-                    _ => None,
-                });
-            let Some(address) = address else { continue };
-            let only_here = match address {
-                IpAddr::V4(v4) => v4.is_loopback() || v4.is_link_local(),
-                IpAddr::V6(v6) => {
-                    v6.is_loopback()
-                        || v6.is_unicast_link_local()
-                        || message.header.index == LOOPBACK
-                }
-            };
-            if !only_here {
-                found = address.is_ipv6();
-                if found || !dual_stack {
-                    break;
-                }
-            }
-        }
-        Ok(found)
+        let mut others = addresses(handle)
+            .await?
+            .into_iter()
+            .filter_map(|(index, address)| {
+                let only_here = match address {
+                    IpAddr::V4(v4) => v4.is_loopback() || v4.is_link_local(),
+                    IpAddr::V6(v6) => {
+                        v6.is_loopback() || v6.is_unicast_link_local() || index == LOOPBACK
+                    }
+                };
+                (!only_here).then_some(address)
+            });
+        Ok(if dual_stack {
+            others.any(|address| address.is_ipv6())
+        } else {
+            others.next().is_some_and(|address| address.is_ipv6())
+        })
     })
+}
+
+/// The namespace's addresses, each with its interface's index.
+async fn addresses(handle: &Handle) -> Result<Vec<(u32, IpAddr)>> {
+    let messages: Vec<_> = handle
+        .address()
+        .get()
+        .execute()
+        .try_collect()
+        .await
+        .map_err(failed("reading addresses"))?;
+    Ok(messages
+        .iter()
+        .filter_map(|message| {
+            let attributes = &message.attributes;
+            let address = attributes.iter().find_map(|attribute| match attribute {
+                AddressAttribute::Address(address) => Some(*address),
+                _ => None,
+            })?;
+            Some((message.header.index, address))
+        })
+        .collect())
 }
 
 /// The names and indexes of the namespace's interfaces.
 pub(crate) fn interfaces(netns: &Netns) -> Result<Vec<(String, u32)>> {
     with_netlink(netns, async |handle| {
-        let mut found = Vec::new();
-        let mut messages = Box::pin(handle.link().get().execute());
-        while let Some(message) = messages
-            .try_next()
+        let messages: Vec<_> = handle
+            .link()
+            .get()
+            .execute()
+            .try_collect()
             .await
-            .map_err(failed("reading interfaces"))?
-        {
-            let name = message
-                .attributes
-                .iter()
-                .find_map(|attribute| match attribute {
+            .map_err(failed("reading interfaces"))?;
+        Ok(messages
+            .iter()
+            .filter_map(|message| {
+                let attributes = &message.attributes;
+                let name = attributes.iter().find_map(|attribute| match attribute {
                     LinkAttribute::IfName(name) => Some(name.clone()),
                     _ => None,
-                });
-            found.extend(name.map(|name| (name, message.header.index)));
-        }
-        Ok(found)
+                })?;
+                Some((name, message.header.index))
+            })
+            .collect())
     })
 }
 
