@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// The port of DNS.
-const DNS: u16 = 53;
+pub const DNS: u16 = 53;
 
 /// A chain of rules.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -135,6 +135,24 @@ pub struct OutputFacts {
     pub out_interface: u32,
     /// Whose socket it is.
     pub owner: Owner,
+}
+
+impl OutputFacts {
+    /// Whether any chain is asked. To some addresses, and from some, the kernel
+    /// sends nothing, and its own error stands. Of UDP that is broadcast, but for
+    /// what `SO_BROADCAST` allows; and IPv6 multicast leaves the pod, whatever
+    /// REDIRECT does to it.
+    #[inline(always)]
+    pub fn enter_chains(&self) -> bool {
+        let destination = &self.destination;
+        if self.protocol == UDP {
+            return *destination != Address::v4([255; 4])
+                && (destination.is_v4() || !destination.is_never_reachable());
+        }
+        let leaves_from_loopback =
+            self.source.is_v4() && self.source.is_loopback() && !self.over_loopback;
+        !destination.is_never_reachable() && !leaves_from_loopback
+    }
 }
 
 /// The facts of a connection that arrives at the pod.
@@ -263,13 +281,8 @@ fn nat_output(
     let port = facts.destination_port;
     if family.has(stages::EXCLUDED_OUTBOUND_PORTS) {
         let list = List::ExcludedOutboundPorts;
-        let rule = port_rule(
-            settings,
-            settings.excluded_outbound_ports,
-            lists,
-            list,
-            port,
-        );
+        let filter = settings.excluded_outbound_ports;
+        let rule = port_rule(settings, filter, lists, 0, list, port);
         if rule != 0 {
             return direct(Chain::Output, if tcp { rule } else { rule + 1 });
         }
@@ -359,13 +372,9 @@ fn captured_by(
     facts: &OutputFacts,
 ) -> u32 {
     if family.has(stages::OUTBOUND_PORTS) {
-        let port = facts.destination_port;
-        let rule = if settings.outbound_ports.may_have(port.into()) {
-            let list = List::OutboundPorts;
-            lists.rule(settings.generation, family.version, list, &port_key(port))
-        } else {
-            0
-        };
+        let (list, port) = (List::OutboundPorts, facts.destination_port);
+        let filter = settings.outbound_ports;
+        let rule = port_rule(settings, filter, lists, family.version, list, port);
         if rule != 0 {
             return rule;
         }
@@ -456,13 +465,8 @@ pub fn inbound(settings: &Settings, lists: &impl Lists, facts: &InboundFacts) ->
     if settings.tunnel_rule != 0 && port == settings.tunnel_port {
         return direct(Chain::Inbound, settings.tunnel_rule);
     }
-    let rule = port_rule(
-        settings,
-        settings.inbound_ports,
-        lists,
-        List::InboundPorts,
-        port,
-    );
+    let list = List::InboundPorts;
+    let rule = port_rule(settings, settings.inbound_ports, lists, 0, list, port);
     let (verdict, rule) = match (family.has(stages::INBOUND_ALL), rule) {
         (true, 0) => (Verdict::Inbound, settings.inbound_all_rule),
         (true, rule) => (Verdict::Direct, rule),
@@ -497,17 +501,18 @@ fn excluded_interface(settings: &Settings, lists: &impl Lists, index: u32) -> u3
 }
 
 /// The number of the first rule of a list of ports that matches `port`; 0 if none
-/// does.
+/// does. `version` is 0 for a list that both families have.
 #[inline(always)]
 fn port_rule(
     settings: &Settings,
     filter: Filter,
     lists: &impl Lists,
+    version: u32,
     list: List,
     port: u16,
 ) -> u32 {
     if filter.may_have(port.into()) {
-        lists.rule(settings.generation, 0, list, &port_key(port))
+        lists.rule(settings.generation, version, list, &port_key(port))
     } else {
         0
     }

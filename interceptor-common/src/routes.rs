@@ -3,7 +3,10 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use crate::conn::Address;
+use crate::{
+    config::{LOCALHOST_V4, LOCALHOST_V6},
+    conn::Address,
+};
 
 /// The most prefixes that a pod may have.
 ///
@@ -55,5 +58,49 @@ impl Route {
     #[inline(always)]
     pub const fn is(&self, kind: RouteKind) -> bool {
         self.kind == kind as u32
+    }
+}
+
+/// Where the kernel would really go: an unspecified destination is the source
+/// address for IPv4 (`__ip_route_output_key`), and localhost if that is
+/// unspecified too, or for IPv6 (`tcp_v6_connect`).
+#[inline(always)]
+pub fn effective_destination(asked: &Address, bound: &Address) -> Address {
+    if !asked.is_unspecified() {
+        *asked
+    } else if !asked.is_v4() && !bound.is_v4() {
+        LOCALHOST_V6.into()
+    } else if bound.is_unspecified() || !asked.is_v4() {
+        LOCALHOST_V4.into()
+    } else {
+        *bound
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use core::net::IpAddr;
+
+    use super::*;
+
+    #[test]
+    fn an_unspecified_destination_is_the_socket_itself() {
+        for (asked, bound, expected) in [
+            ("10.0.0.1", "10.77.0.2", "10.0.0.1"),
+            ("0.0.0.0", "10.77.0.2", "10.77.0.2"),
+            ("0.0.0.0", "0.0.0.0", "127.0.0.1"),
+            ("0.0.0.0", "::", "127.0.0.1"),
+            ("::", "::", "::1"),
+            ("::", "fd00::2", "::1"),
+            ("::", "0.0.0.0", "127.0.0.1"),
+            ("::", "10.77.0.2", "127.0.0.1"),
+        ] {
+            let address = |text: &str| Address::from(text.parse::<IpAddr>().unwrap());
+            assert_eq!(
+                effective_destination(&address(asked), &address(bound)),
+                address(expected),
+                "{asked} from {bound}"
+            );
+        }
     }
 }

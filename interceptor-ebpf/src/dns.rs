@@ -11,25 +11,19 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::{debug, warn};
 use interceptor_common::{
-    chains::{OutputFacts, Owner, Verdict, output},
+    chains::{DNS, OutputFacts, Owner, Verdict, output},
     config::{LOCALHOST_V4, LOCALHOST_V6, Settings},
     conn::{Address, Endpoint, Role, UDP},
     counters::Event,
-    routes::{LOOPBACK, RouteKind},
+    routes::{RouteKind, effective_destination},
 };
 
 use crate::{
     context::{asked_v4, asked_v6, bound, read, set_source_v4, set_source_v6, set_v4, set_v6},
     kernel,
     maps::{self, ListMap, asked, origins},
-    outbound::{bind, effective_destination, forgotten, unbind},
+    outbound::{ALLOW, REFUSE, bind, forgotten, out_interface, unbind},
 };
-
-const REFUSE: i32 = 0;
-const ALLOW: i32 = 1;
-
-/// The port of DNS servers.
-const DNS: u16 = 53;
 
 #[cgroup_sock_addr(connect4)]
 pub(crate) fn udp_connect4(ctx: SockAddrContext) -> i32 {
@@ -207,13 +201,6 @@ fn captured(
     }
     let settings = maps::settings()?;
     let destination = effective_destination(&endpoint.address, source);
-    if destination == Address::v4([255; 4])
-        || !destination.is_v4() && destination.is_never_reachable()
-    {
-        // For broadcast the kernel's own error, or what SO_BROADCAST allows; and
-        // IPv6 multicast leaves the pod, whatever REDIRECT does to it.
-        return None;
-    }
     let route = maps::route(&destination);
     let over_loopback = matches!(route, Some(route) if route.is(RouteKind::Local));
     let (route_source, route_interface) = match route {
@@ -224,20 +211,18 @@ fn captured(
     if source.is_unspecified() {
         *source = route_source;
     }
-    let out_interface = match read!(sk, bound_dev_if) {
-        _ if over_loopback => LOOPBACK,
-        0 => route_interface,
-        device => device,
-    };
     let facts = OutputFacts {
         protocol: UDP,
         source: *source,
         destination,
         destination_port: endpoint.port,
         over_loopback,
-        out_interface,
+        out_interface: out_interface(sk, over_loopback, route_interface),
         owner: kernel::owner_by_copy(sk).unwrap_or(Owner::NONE),
     };
+    if !facts.enter_chains() {
+        return None;
+    }
     let decision = forgotten(settings, output(settings, &ListMap, &facts));
     maps::count_decision(&decision, &destination);
     debug!(

@@ -14,10 +14,10 @@ use aya_ebpf::{
 use aya_log_ebpf::{debug, warn};
 use interceptor_common::{
     chains::{Chain, Decision, OutputFacts, Owner, Verdict, output},
-    config::{LOCALHOST_V4, LOCALHOST_V6, Settings},
+    config::{LOCALHOST_V6, Settings},
     conn::{Address, Endpoint, Handshake, Role, TCP, is_proxy_address_v4, proxy_address_v4},
     counters::Event,
-    routes::{LOOPBACK, RouteKind},
+    routes::{LOOPBACK, RouteKind, effective_destination},
 };
 
 use crate::{
@@ -29,8 +29,8 @@ use crate::{
     maps::{self, ListMap, handshakes, origins},
 };
 
-const REFUSE: i32 = 0;
-const ALLOW: i32 = 1;
+pub(crate) const REFUSE: i32 = 0;
+pub(crate) const ALLOW: i32 = 1;
 
 const ECONNREFUSED: i32 = 111;
 
@@ -144,11 +144,7 @@ fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Connect {
         Some(route) => (route.source, route.out_interface),
         None => (Address::UNSPECIFIED, 0),
     };
-    let out_interface = match read!(sk, bound_dev_if) {
-        _ if over_loopback => LOOPBACK,
-        0 => route_interface,
-        device => device,
-    };
+    let out_interface = out_interface(sk, over_loopback, route_interface);
     let bound_to_any = local.address.is_unspecified();
     let source = if bound_to_any {
         route_source
@@ -181,22 +177,18 @@ fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Connect {
         connected_before,
     } = found;
 
-    let verdict = if destination.address.is_never_reachable()
-        || (source.is_v4() && source.is_loopback() && !over_loopback)
-    {
-        // The kernel sends no packet to there, or not from there, so that no
-        // chain is asked: its own error stands.
+    let facts = OutputFacts {
+        protocol: TCP,
+        source,
+        destination: destination.address,
+        destination_port: destination.port,
+        over_loopback,
+        out_interface,
+        owner,
+    };
+    let verdict = if !facts.enter_chains() {
         Verdict::Direct
     } else {
-        let facts = OutputFacts {
-            protocol: TCP,
-            source,
-            destination: destination.address,
-            destination_port: destination.port,
-            over_loopback,
-            out_interface,
-            owner,
-        };
         let decision = forgotten(settings, output(settings, &ListMap, &facts));
         if !unreachable {
             maps::count_decision(&decision, &destination.address);
@@ -301,19 +293,14 @@ pub(crate) fn forgotten(settings: &Settings, decision: Decision) -> Decision {
     }
 }
 
-/// Where the kernel would really go: an unspecified destination is the source
-/// address for IPv4 (`__ip_route_output_key`), and localhost if that is
-/// unspecified too, or for IPv6 (`tcp_v6_connect`).
+/// The index of the interface that a connection goes out through, whose route's
+/// is `of_route`.
 #[inline(always)]
-pub(crate) fn effective_destination(asked: &Address, bound: &Address) -> Address {
-    if !asked.is_unspecified() {
-        *asked
-    } else if !asked.is_v4() && !bound.is_v4() {
-        LOCALHOST_V6.into()
-    } else if bound.is_unspecified() || !asked.is_v4() {
-        LOCALHOST_V4.into()
-    } else {
-        *bound
+pub(crate) fn out_interface(sk: *const bpf_sock, over_loopback: bool, of_route: u32) -> u32 {
+    match read!(sk, bound_dev_if) {
+        _ if over_loopback => LOOPBACK,
+        0 => of_route,
+        device => device,
     }
 }
 

@@ -1075,10 +1075,18 @@ fn explain_says_what_happens() -> Result<()> {
                 || ![POD_ETH1_V4, POD_ETH1_V6].contains(&connection.to.ip())
         })
         .collect();
+    // What the kernel makes of the destination before any rule is asked.
+    let multicast = Connection::from_app("224.0.0.1:8080".parse()?);
+    let unspecified = Connection {
+        bind: Some(POD_V4),
+        owner: Credentials::PROXY,
+        ..Connection::from_app("0.0.0.0:8080".parse()?)
+    };
+    let special = [multicast, unspecified];
     let ports = connections.iter().map(|c| c.to.port()).collect();
     let side = &bed.interceptor;
     let _servers = side.serve(&ports, &mesh)?;
-    for connection in connections.iter().step_by(3) {
+    for connection in connections.iter().step_by(3).chain(&special) {
         let observed = side.observe(connection)?;
         let mut command = bed.cli.command()?;
         command.args(["explain", "-o", "json", "--pod", side.pod.name()]);

@@ -51,10 +51,16 @@ fn checks() -> [(&'static str, Command); 6] {
     [
         ("format", cargo(&["fmt", "--all", "--check"])),
         ("clippy", clippy),
-        ("clippy for the kernel programs", kernel_clippy()),
+        (
+            "clippy for the kernel programs",
+            kernel("clippy", TARGET, std::env::consts::ARCH),
+        ),
         ("documentation", documentation),
         ("check for aarch64", aarch64_check()),
-        ("check of big-endian kernel programs", big_endian_check()),
+        (
+            "check of big-endian kernel programs",
+            kernel("check", "bpfeb-unknown-none", "s390x"),
+        ),
     ]
 }
 
@@ -71,30 +77,17 @@ fn aarch64_check() -> Command {
     command
 }
 
-/// The kernel programs for a machine of the other byte order.
-fn big_endian_check() -> Command {
+/// Cargo for the kernel programs of a machine of this byte order and
+/// architecture, with core from source.
+fn kernel(subcommand: &str, target: &str, architecture: &str) -> Command {
     let mut command = toolchain::command_of("cargo");
     command
-        .args(["check", "--package", "interceptor-ebpf", "--bins"])
-        .args(["--release", "--target", "bpfeb-unknown-none"])
-        .args(["-Z", "build-std=core"])
-        .env("RUSTC_BOOTSTRAP", "1")
-        .env("RUSTFLAGS", "--cfg=bpf_target_arch=\"s390x\" -D warnings");
-    command
-}
-
-/// Clippy as the kernel programs are built: for their own target, with core
-/// from source.
-fn kernel_clippy() -> Command {
-    let mut command = toolchain::command_of("cargo");
-    command
-        .args(["clippy", "--package", "interceptor-ebpf", "--bins"])
-        .args(["--release", "--target", TARGET, "-Z", "build-std=core"])
-        .args(["--", "-D", "warnings"])
+        .args([subcommand, "--package", "interceptor-ebpf", "--bins"])
+        .args(["--release", "--target", target, "-Z", "build-std=core"])
         .env("RUSTC_BOOTSTRAP", "1")
         .env(
-            "CARGO_ENCODED_RUSTFLAGS",
-            format!("--cfg=bpf_target_arch=\"{}\"", std::env::consts::ARCH),
+            "RUSTFLAGS",
+            format!("--cfg=bpf_target_arch=\"{architecture}\" -D warnings"),
         );
     command
 }

@@ -6,10 +6,10 @@ use std::net::{IpAddr, SocketAddr};
 use aya::maps::{LpmTrie, MapData, MapError, lpm_trie::Key};
 use interceptor_common::{
     chains::{Chain, Decision, InboundFacts, OutputFacts, Owner, Verdict, inbound, output},
-    config::{LOCALHOST_V4, LOCALHOST_V6, List, Lists, PrefixKey},
+    config::{List, Lists, PrefixKey},
     conn::{Address, TCP, UDP},
     listeners::ProxyPort,
-    routes::{Route, RouteKind},
+    routes::{Route, RouteKind, effective_destination},
 };
 use serde::Serialize;
 
@@ -91,12 +91,9 @@ pub fn explain(pins: &Pins, pod: &PodName, question: &Question) -> Result<Explan
     if arrives {
         return explain_inbound(&opened, &lists, question);
     }
-    let to = question.to.ip().to_canonical();
-    let to = match to {
-        IpAddr::V4(v4) if v4.is_unspecified() => LOCALHOST_V4.into(),
-        IpAddr::V6(v6) if v6.is_unspecified() => LOCALHOST_V6.into(),
-        to => to,
-    };
+    let bound = question.from.map_or(Address::UNSPECIFIED, Address::from);
+    let to = effective_destination(&question.to.ip().into(), &bound);
+    let to = IpAddr::from(to);
     let route = route_of(to)?;
     let source = match (question.from, &route) {
         (Some(from), _) => from.into(),
@@ -116,7 +113,16 @@ pub fn explain(pins: &Pins, pod: &PodName, question: &Question) -> Result<Explan
             gid: question.gid,
         },
     };
-    let decision = output(&opened.compiled, &lists, &facts);
+    let enters = facts.enter_chains();
+    let decision = if enters {
+        output(&opened.compiled, &lists, &facts)
+    } else {
+        Decision {
+            verdict: Verdict::Direct,
+            chain: Chain::Output,
+            rule: 0,
+        }
+    };
     let interface = match &opened.netns().and_then(|netns| routes::interfaces(&netns)) {
         Ok(interfaces) => interfaces
             .iter()
@@ -135,7 +141,8 @@ pub fn explain(pins: &Pins, pod: &PodName, question: &Question) -> Result<Explan
         format!("from {}", IpAddr::from(source)),
         format!("owned by uid {}, gid {}", question.uid, question.gid),
     ];
-    let unreachable = !matches!(&route, Some(route) if !route.is(RouteKind::Unreachable));
+    let unreachable = !matches!(&route, Some(route) if !route.is(RouteKind::Unreachable))
+        || !enters && !question.udp;
     answer(&opened, "outbound", to, decision, lines, unreachable)
 }
 
