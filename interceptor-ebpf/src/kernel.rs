@@ -26,6 +26,10 @@ pub(crate) static HAS_SET_RETVAL: Global<bool> = Global::new(false);
 #[unsafe(no_mangle)]
 pub(crate) static HAS_INGRESS_IFINDEX: Global<bool> = Global::new(false);
 
+/// How many bytes of a caller's buffer getsockopt programs are given at most.
+#[unsafe(no_mangle)]
+pub(crate) static PAGE_SIZE: Global<u32> = Global::new(0);
+
 // Offsets in bytes of fields of kernel structures, from the kernel's BTF.
 #[unsafe(no_mangle)]
 static SOCK_SK_SOCKET: Global<u32> = Global::new(0);

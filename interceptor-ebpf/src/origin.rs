@@ -32,6 +32,7 @@ const CONTINUE: i32 = 1;
 #[cgroup_sockopt(getsockopt)]
 pub(crate) fn getsockopt(ctx: SockoptContext) -> i32 {
     let context = ctx.sockopt;
+    leave_long_buffer(context);
     if read!(context, optname) != SO_ORIGINAL_DST {
         return CONTINUE;
     }
@@ -59,6 +60,21 @@ pub(crate) fn getsockopt(ctx: SockoptContext) -> i32 {
         answer(context, address);
     }
     CONTINUE
+}
+
+/// Has the kernel keep to what it has done itself with a buffer that is longer than
+/// what the program is given of it.
+///
+/// A length of zero says so (Documentation/bpf/prog_cgroup_sockopt.rst). Otherwise
+/// kernels such as 5.10 fail the call with `EFAULT`, whatever its option.
+#[inline(always)]
+fn leave_long_buffer(context: *mut bpf_sockopt) {
+    if read!(context, optlen) > kernel::PAGE_SIZE.load().cast_signed() {
+        // SAFETY: a valid context, whose field is writable.
+        unsafe {
+            addr_of_mut!((*context).optlen).write_volatile(0);
+        }
+    }
 }
 
 /// What conntrack would say of this socket.

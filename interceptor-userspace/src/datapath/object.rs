@@ -199,6 +199,7 @@ impl Object {
                 "HAS_INGRESS_IFINDEX",
                 vec![u8::from(offsets.has_ingress_ifindex)],
             ),
+            ("PAGE_SIZE", page_size().to_ne_bytes().to_vec()),
             ("AYA_LOG_LEVEL", vec![log_level as u8]),
         ];
         globals.extend(
