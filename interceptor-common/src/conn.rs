@@ -257,7 +257,8 @@ pub struct Origin {
     pub source_chosen: u32,
 }
 
-/// The number of proxy addresses that outbound connections are spread over.
+/// The number of proxy addresses of each family that outbound connections are
+/// spread over.
 ///
 /// Each has an ephemeral port range of its own. Not more: every address that
 /// closes gracefully may take an entry in the kernel's `tcp_metrics` table,
@@ -274,10 +275,30 @@ pub fn proxy_address_v4(spread: u32) -> Address {
     Address::from_be32((PROXY_NETWORK | (spread % PROXY_ADDRESSES)).to_be())
 }
 
-/// Whether `address` is one of [`proxy_address_v4`]'s.
+/// `100::f01:0`: where the proxy's IPv6 addresses begin. They are from the block
+/// that is for discarding (RFC 6666), so that nobody's are taken away.
+///
+/// IPv6 has one loopback address only. These are the pod's own by a route of their
+/// own to `lo`, that is there while the pod is attached.
+pub const PROXY_NETWORK_V6: Ipv6Addr = Ipv6Addr::new(0x100, 0, 0, 0, 0, 0, 0xf01, 0);
+/// The length of the prefix of the proxy's IPv6 addresses.
+pub const PROXY_NETWORK_V6_LENGTH: u8 = 120;
+
+/// The proxy's IPv6 address for a redirected connection: one of `100::f01:0` to
+/// `100::f01:ff`, by the low bits of `spread`.
 #[inline(always)]
-pub fn is_proxy_address_v4(address: &Address) -> bool {
-    address.is_v4() && u32::from_be(address.to_be32()) & !(PROXY_ADDRESSES - 1) == PROXY_NETWORK
+pub fn proxy_address_v6(spread: u32) -> Address {
+    let [one, two, three, four] = Address::from(PROXY_NETWORK_V6).to_be32s();
+    Address::from_be32s([one, two, three, four | (spread % PROXY_ADDRESSES).to_be()])
+}
+
+/// Whether `address` is one of [`proxy_address_v4`]'s or [`proxy_address_v6`]'s.
+#[inline(always)]
+pub fn is_proxy_address(address: &Address) -> bool {
+    let mut words = address.to_be32s();
+    words[3] &= !(PROXY_ADDRESSES - 1).to_be();
+    let network = Address::from_be32s(words);
+    network == Address::from_be32(PROXY_NETWORK.to_be()) || network == PROXY_NETWORK_V6.into()
 }
 
 #[cfg(test)]
@@ -364,14 +385,25 @@ mod tests {
 
     #[test]
     fn the_spread_stays_in_its_range() {
-        let mut seen = [false; PROXY_ADDRESSES as usize];
+        let mut seen = [0; PROXY_ADDRESSES as usize];
         for spread in 0..1024 {
-            let address = proxy_address_v4(spread);
-            assert!(is_proxy_address_v4(&address));
-            seen[usize::from(address.octets[15])] = true;
+            for address in [proxy_address_v4(spread), proxy_address_v6(spread)] {
+                assert!(is_proxy_address(&address));
+                seen[usize::from(address.octets[15])] += 1;
+            }
         }
-        assert!(seen.iter().all(|s| *s));
-        assert!(!is_proxy_address_v4(&address("127.15.0.255")));
-        assert!(!is_proxy_address_v4(&address("127.15.2.0")));
+        assert_eq!(seen, [8; PROXY_ADDRESSES as usize]);
+        assert!(is_proxy_address(&address("127.15.1.0")));
+        assert!(is_proxy_address(&address("100::f01:ff")));
+        for other in [
+            "127.15.0.255",
+            "127.15.2.0",
+            "100::f00:ffff",
+            "100::f01:100",
+            "100::1:0:f01:0",
+            "::127.15.1.0",
+        ] {
+            assert!(!is_proxy_address(&address(other)), "{other}");
+        }
     }
 }

@@ -13,7 +13,7 @@ use aya_log_ebpf::{debug, warn};
 use interceptor_common::{
     chains::{InboundFacts, Verdict, inbound},
     config::Settings,
-    conn::{Address, Endpoint, Handshake, TCP, is_proxy_address_v4},
+    conn::{Address, Endpoint, Handshake, TCP, is_proxy_address},
     counters::Event,
     listeners::{ProxyPort, SLOTS, accepts},
     routes::RouteKind,
@@ -143,7 +143,7 @@ fn from_inside(settings: &Settings, local: Endpoint, remote: Endpoint) -> Choice
     };
     if handshakes::get(&handshake).is_some() {
         Choice::Listener(port)
-    } else if is_proxy_address_v4(&local.address) {
+    } else if is_proxy_address(&local.address) {
         // Its original destination is lost.
         Choice::Nothing
     } else {

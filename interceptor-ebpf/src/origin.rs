@@ -9,7 +9,7 @@ use aya_ebpf::{
 };
 use interceptor_common::{
     config::stages,
-    conn::{Endpoint, Role, TCP, is_proxy_address_v4},
+    conn::{Endpoint, Role, TCP, is_proxy_address},
 };
 
 use crate::{
@@ -100,7 +100,7 @@ fn original_destination(context: *const bpf_sockopt, sk: *mut bpf_sock) -> Optio
         // After a reset the socket has given its number back.
         local.port = kernel::source_port(sk);
     }
-    if is_proxy_address_v4(&local.address) && proxy_port(settings, local.port).is_some() {
+    if is_proxy_address(&local.address) && proxy_port(settings, local.port).is_some() {
         // Redirected, and forgotten for want of memory: no answer, because the
         // proxy would connect to itself.
         return None;

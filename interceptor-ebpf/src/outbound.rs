@@ -15,7 +15,10 @@ use aya_log_ebpf::{debug, warn};
 use interceptor_common::{
     chains::{Chain, Decision, OutputFacts, Owner, Verdict, output},
     config::{LOCALHOST_V6, Settings},
-    conn::{Address, Endpoint, Handshake, Role, TCP, is_proxy_address_v4, proxy_address_v4},
+    conn::{
+        Address, Endpoint, Handshake, Role, TCP, is_proxy_address, proxy_address_v4,
+        proxy_address_v6,
+    },
     counters::Event,
     routes::{LOOPBACK, RouteKind, effective_destination},
 };
@@ -206,7 +209,7 @@ fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Connect {
     let port = match verdict {
         // One that dials a proxy address itself must be known as such where
         // unknown ones are refused.
-        Verdict::Direct if is_proxy_address_v4(&destination.address) => destination.port,
+        Verdict::Direct if is_proxy_address(&destination.address) => destination.port,
         Verdict::Direct => {
             if source_was_chosen {
                 unbind(ctx.sock_addr, sk, &endpoint.address);
@@ -231,35 +234,29 @@ fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Connect {
         Verdict::Dns => settings.dns_port,
     };
 
-    *endpoint = Endpoint::new(
-        if is_proxy_address_v4(&destination.address) {
-            destination.address
-        } else if destination.address.is_v4() {
-            // SAFETY: no arguments.
-            proxy_address_v4(unsafe { bpf_get_prandom_u32() })
-        } else {
-            LOCALHOST_V6.into()
-        },
-        port,
-    );
+    let address = if is_proxy_address(&destination.address) {
+        destination.address
+    } else if destination.address.is_v4() {
+        proxy_address_v4(random())
+    } else {
+        proxy_address_for(sk, &source, bound_to_any)
+    };
+    *endpoint = Endpoint::new(address, port);
     let mut source_chosen = 0;
     if bound_to_any {
         if source.is_unspecified() {
             maps::count(Event::SourceNotKept);
-        } else if local_port != 0 || !source.is_v4() {
-            // A port bound to any address can't be bound again, and bind()
-            // would make an AF_INET6 socket IPv6's alone for ever. To the
-            // proxy's port on the source address itself, that is the source.
-            endpoint.address = source;
-        } else if bind(ctx.sock_addr, sk, source) {
-            source_chosen = 1;
-        } else {
-            maps::count(Event::SourceNotKept);
+        } else if source.is_v4() {
+            if local_port != 0 {
+                // A port bound to any address can't be bound again. To the
+                // source address itself, that is the source.
+                endpoint.address = source;
+            } else if bind(ctx.sock_addr, sk, source) {
+                source_chosen = 1;
+            } else {
+                maps::count(Event::SourceNotKept);
+            }
         }
-    } else if !source.is_v4() && !source.is_link_local_v6() {
-        // To ::1 the kernel would send what it answers without a socket (an
-        // ACK in TIME_WAIT, a reset) out of the source's interface.
-        endpoint.address = source;
     }
 
     if origins::set(sk, &destination, Role::Client, source_chosen) {
@@ -269,6 +266,36 @@ fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Connect {
         warn!(ctx, "no memory for an original destination");
         Connect::Refused
     }
+}
+
+/// The proxy's address for an IPv6 connection from `source`, to which the kernel
+/// gives that source by itself: bind() would make an `AF_INET6` socket IPv6's alone
+/// for ever.
+#[inline(always)]
+fn proxy_address_for(sk: *const bpf_sock, source: &Address, bound_to_any: bool) -> Address {
+    if source.is_unspecified() || source.is_link_local_v6() && !bound_to_any {
+        return LOCALHOST_V6.into();
+    }
+    let spread = proxy_address_v6(random());
+    match maps::route(&spread) {
+        // Bound to an interface, it would not find the route, which is `lo`'s.
+        Some(route)
+            if route.is(RouteKind::Local)
+                && route.source == *source
+                && read!(sk, bound_dev_if) == 0 =>
+        {
+            spread
+        }
+        // To ::1 the kernel would send what it answers without a socket (an ACK
+        // in TIME_WAIT, a reset) out of the source's interface.
+        _ => *source,
+    }
+}
+
+#[inline(always)]
+fn random() -> u32 {
+    // SAFETY: no arguments.
+    unsafe { bpf_get_prandom_u32() }
 }
 
 /// The decision, about which the verifier knows nothing any more.
@@ -383,7 +410,10 @@ fn connecting(ctx: &SockOpsContext) {
         return;
     }
     let (client, proxy) = ends(ctx.ops);
-    if !proxy.address.is_loopback() && proxy.address != client.address {
+    if !proxy.address.is_loopback()
+        && proxy.address != client.address
+        && !is_proxy_address(&proxy.address)
+    {
         // The address was the pod's when the routes were read.
         stop(ctx);
         return;

@@ -6,7 +6,7 @@
 
 use std::{
     io::{self, BufRead as _, BufReader, Read as _, Write as _},
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     ops::AddAssign,
     process::{Child, ChildStdin, ChildStdout, Stdio},
     sync::{Arc, Barrier},
@@ -56,7 +56,7 @@ pub struct Connect {
     /// How many threads share them.
     pub threads: usize,
     /// The first of the destination addresses.
-    pub address: Ipv4Addr,
+    pub address: IpAddr,
     /// How many addresses follow each other.
     pub addresses: u32,
     /// The first of the ports.
@@ -65,14 +65,20 @@ pub struct Connect {
     pub ports: u16,
     /// How long a connection may take altogether.
     pub timeout: Duration,
+    /// Whether all stay open until the last is made.
+    pub keep: bool,
 }
 
 impl Connect {
     fn destination(&self, number: usize) -> SocketAddr {
         let number = u32::try_from(number).unwrap_or(u32::MAX);
-        let address = Ipv4Addr::from_bits(self.address.to_bits() + number % self.addresses);
+        let offset = number % self.addresses;
+        let address: IpAddr = match self.address {
+            IpAddr::V4(first) => Ipv4Addr::from_bits(first.to_bits() + offset).into(),
+            IpAddr::V6(first) => Ipv6Addr::from_bits(first.to_bits() + u128::from(offset)).into(),
+        };
         let port = u32::from(self.port) + (number / self.addresses) % u32::from(self.ports);
-        SocketAddr::new(address.into(), u16::try_from(port).unwrap_or(u16::MAX))
+        SocketAddr::new(address, u16::try_from(port).unwrap_or(u16::MAX))
     }
 }
 
@@ -267,20 +273,26 @@ fn listen(address: SocketAddr, backlog: i32) -> Result<Socket> {
 fn run_clients(connect: &Connect) -> Result<Tally> {
     let connect = Arc::new(connect.clone());
     let start = Arc::new(Barrier::new(connect.threads));
+    let end = Arc::new(Barrier::new(connect.threads));
     let threads: Vec<_> = (0..connect.threads)
         .map(|first| {
-            let (connect, start) = (Arc::clone(&connect), Arc::clone(&start));
+            let connect = Arc::clone(&connect);
+            let (start, end) = (Arc::clone(&start), Arc::clone(&end));
             thread::spawn(move || {
                 start.wait();
                 let mut tally = Tally::default();
+                let mut kept = Vec::new();
                 for number in (first..connect.connections).step_by(connect.threads) {
                     let to = connect.destination(number);
                     let example = match ask(to, connect.timeout) {
-                        Ok(answer) if answer == encode(Some(to)) => {
+                        Ok((socket, answer)) if answer == encode(Some(to)) => {
                             tally.right += 1;
+                            if connect.keep {
+                                kept.push(socket);
+                            }
                             continue;
                         }
-                        Ok(answer) => {
+                        Ok((_, answer)) => {
                             tally.wrong += 1;
                             format!("{to}: {answer:?}")
                         }
@@ -293,6 +305,7 @@ fn run_clients(connect: &Connect) -> Result<Tally> {
                         tally.examples.push(example);
                     }
                 }
+                end.wait();
                 tally
             })
         })
@@ -308,7 +321,7 @@ fn run_clients(connect: &Connect) -> Result<Tally> {
     Ok(total)
 }
 
-fn ask(to: SocketAddr, timeout: Duration) -> io::Result<[u8; 18]> {
+fn ask(to: SocketAddr, timeout: Duration) -> io::Result<(Socket, [u8; 18])> {
     let mut socket = tcp(to)?;
     // Bounds connect(), too.
     socket.set_write_timeout(Some(timeout))?;
@@ -316,7 +329,7 @@ fn ask(to: SocketAddr, timeout: Duration) -> io::Result<[u8; 18]> {
     socket.connect(&to.into())?;
     let mut answer = [0; 18];
     socket.read_exact(&mut answer)?;
-    Ok(answer)
+    Ok((socket, answer))
 }
 
 fn tcp(address: SocketAddr) -> io::Result<Socket> {

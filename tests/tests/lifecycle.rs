@@ -32,7 +32,20 @@ fn has_passthrough(pod: &Pod) -> Result<bool> {
     Ok(addresses.contains(PASSTHROUGH_V6))
 }
 
-/// Nothing of the pod is there any more.
+/// The route of the proxy's IPv6 addresses.
+fn has_proxy_route(pod: &Pod) -> Result<bool> {
+    let routes = pod.netns().ip("-6 route show table local")?;
+    Ok(routes.contains("100::f01:0/120"))
+}
+
+/// The route of the proxy's IPv6 addresses.
+fn has_proxy_route(pod: &Pod) -> Result<bool> {
+    let routes = pod.netns().ip("-6 route show table local")?;
+    Ok(routes.contains("100::f01:0/120"))
+}
+
+/// Nothing of the pod is there any more, but for the route that live connections
+/// need.
 fn assert_nothing_left(cli: &Cli, pod: &Pod, objects: &[Id]) -> Result<()> {
     let directories = cli.directories()?;
     ensure!(directories.is_empty(), "pins stay behind: {directories:?}");
@@ -59,13 +72,20 @@ fn detaching_leaves_nothing_and_live_connections_go_on() -> Result<()> {
         conversation.echo().context("after detaching")?;
     }
     world.assert_left_alone()?;
+    ensure!(has_proxy_route(&world.pod)?, "the live ones need it");
 
     ensure!(world.cli.attach(&world.pod)? == "newly");
     for conversation in &mut live {
         conversation.echo().context("after attaching again")?;
     }
-    world.assert_intercepted()?;
-    Ok(())
+    drop(world.assert_intercepted()?);
+    drop(live);
+    wait_until("the proxy's route goes", Duration::from_secs(20), || {
+        world.cli.detach(world.name())?;
+        let gone = !has_proxy_route(&world.pod)?;
+        world.cli.attach(&world.pod)?;
+        Ok(gone.then_some(()))
+    })
 }
 
 #[test]
@@ -101,6 +121,17 @@ fn an_address_that_was_there_before_stays() -> Result<()> {
     cli.attach(&pod)?;
     cli.detach(pod.name())?;
     ensure!(has_passthrough(&pod)?, "::6 was taken away");
+    Ok(())
+}
+
+#[test]
+fn a_route_that_was_there_before_stays() -> Result<()> {
+    let (pod, cli) = (Pod::new()?, Cli::new()?);
+    pod.netns()
+        .ip("-6 route add local 100::f01:0/120 dev lo table local")?;
+    cli.attach(&pod)?;
+    cli.detach(pod.name())?;
+    ensure!(has_proxy_route(&pod)?, "it was taken away");
     Ok(())
 }
 
@@ -438,7 +469,7 @@ impl Wrong {
     /// Nothing was made, and a right command works.
     fn assert_unharmed(&self) -> Result<()> {
         ensure!(!self.cli.pins().exists(), "{:?}", self.cli.directories()?);
-        ensure!(!has_passthrough(&self.pod)?);
+        ensure!(!has_passthrough(&self.pod)? && !has_proxy_route(&self.pod)?);
         ensure!(self.cli.attach(&self.pod)? == "newly");
         Ok(())
     }

@@ -2,7 +2,7 @@
 //! where it was meant to go.
 
 use std::{
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     process::Command,
     thread,
     time::Duration,
@@ -28,11 +28,12 @@ fn outbound(connections: usize) -> Connect {
     Connect {
         connections,
         threads: 4,
-        address: ADDRESS_OF_NOBODY,
+        address: ADDRESS_OF_NOBODY.into(),
         addresses: 250,
         port: 1000,
         ports: 40,
         timeout: Duration::from_secs(20),
+        keep: false,
     }
 }
 
@@ -111,16 +112,45 @@ fn a_hundred_thousand_connections_with_syn_cookies_too() -> Result<()> {
 }
 
 #[test]
+fn connections_outnumber_the_ports_that_they_come_from() -> Result<()> {
+    const CONNECTIONS: usize = 800;
+    let (pod, cli) = (Pod::new()?, Cli::new()?);
+    cli.attach(&pod)?;
+    pod.netns()
+        .sysctl("ipv4/ip_local_port_range", "20000 20099")?;
+    for (nobody, any) in [
+        (IpAddr::from(ADDRESS_OF_NOBODY), everywhere(OUTBOUND)),
+        (
+            Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).into(),
+            (Ipv6Addr::UNSPECIFIED, OUTBOUND).into(),
+        ),
+    ] {
+        let serve = Serve {
+            addresses: vec![any],
+            acceptors: 1,
+            backlog: 4096,
+            wait: false,
+        };
+        let _proxy = Server::start(&pod, Host::Pod, Credentials::PROXY, serve)?;
+        let connect = Connect {
+            address: nobody,
+            keep: true,
+            ..outbound(CONNECTIONS)
+        };
+        let tally = Clients::start(&pod, Host::Pod, APP, connect)?.tally()?;
+        assert_all_right(&tally, CONNECTIONS).with_context(|| nobody.to_string())?;
+    }
+    assert_clean(&cli, &pod)
+}
+
+#[test]
 fn twenty_thousand_connections_arrive_at_their_ports() -> Result<()> {
     const CONNECTIONS: usize = 20_000;
     let (pod, cli) = (Pod::new()?, Cli::new()?);
     cli.attach(&pod)?;
     let _proxy = start_proxy(&pod, 3)?;
-    let IpAddr::V4(address) = POD_V4 else {
-        unreachable!("it is what it is called")
-    };
     let connect = Connect {
-        address,
+        address: POD_V4,
         addresses: 1,
         // No port of these is excluded.
         port: 1000,

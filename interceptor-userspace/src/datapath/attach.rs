@@ -3,7 +3,6 @@
 use std::{
     borrow::{Borrow, BorrowMut},
     fs, io,
-    net::{IpAddr, Ipv6Addr},
     os::fd::{AsFd as _, BorrowedFd},
     path::Path,
 };
@@ -23,7 +22,7 @@ use super::{
     pins::{self, Pins, Staging, link_pin},
     plain::Plain,
     policy::{self, Change},
-    routes::{self, Routes},
+    routes::{self, Additions, Routes},
     view::Opened,
 };
 use crate::{
@@ -34,7 +33,7 @@ use crate::{
         listeners::{self, Listener},
         netns::{Netns, NetnsId},
     },
-    settings::{Family, Settings},
+    settings::Settings,
 };
 
 /// A pod to attach, and how.
@@ -83,9 +82,8 @@ pub fn attach(pins: &Pins, request: &Request<'_>) -> Result<Attached> {
 
     let settings = request.settings;
     let place = policy::place(settings, request.netns)?;
-    let address = passthrough_v6();
     // Also where IPv6 has no chains yet: they may come with a change.
-    let add_address = !routes::has_passthrough(request.netns, address)?;
+    let missing = Additions::missing_in(request.netns)?;
     let hooks = || {
         let dns = settings.dns.is_on().then_some(&DNS_LINKS);
         LINKS.iter().chain(dns.into_iter().flatten())
@@ -98,7 +96,7 @@ pub fn attach(pins: &Pins, request: &Request<'_>) -> Result<Attached> {
         },
         hooks(),
     )?;
-    write_attachment(&mut object, request, add_address)?;
+    write_attachment(&mut object, request, missing)?;
 
     // From here on, what a kill leaves tells `take_apart` what to take back.
     let staging = Staging::make(pins.attaching(request.pod))?;
@@ -109,11 +107,9 @@ pub fn attach(pins: &Pins, request: &Request<'_>) -> Result<Attached> {
         })?;
     }
     policy::write_first(&mut object, &pins.attaching(request.pod), settings, &place)?;
-    let passthrough = add_address
-        .then(|| PassthroughAddress::add(request.netns, address))
-        .transpose()?;
-    if passthrough.as_ref().is_some_and(|address| !address.added) {
-        write_attachment(&mut object, request, false)?;
+    let added = Added::to(request.netns, missing)?;
+    if added.additions != missing {
+        write_attachment(&mut object, request, added.additions)?;
     }
     write_routes(
         &mut object.map_mut("ROUTES")?,
@@ -137,9 +133,7 @@ pub fn attach(pins: &Pins, request: &Request<'_>) -> Result<Attached> {
             .map_err(Error::system(format!("pinning {}", path.display())))?;
     }
     staging.keep_as(&directory)?;
-    if let Some(passthrough) = passthrough {
-        passthrough.keep();
-    }
+    added.keep();
     Ok(Attached::Newly)
 }
 
@@ -166,13 +160,6 @@ pub fn detach(pins: &Pins, pod: &PodName) -> Result<()> {
         detaching.display()
     )))?;
     take_apart(pod, &detaching)
-}
-
-fn passthrough_v6() -> Ipv6Addr {
-    match Family::V6.passthrough() {
-        IpAddr::V6(address) => address,
-        IpAddr::V4(_) => unreachable!("of the family"),
-    }
 }
 
 /// Removes what a process that was killed has left of `pod`.
@@ -203,13 +190,12 @@ fn take_apart(pod: &PodName, directory: &Path) -> Result<()> {
         }
     }
     if let Some(opened) = opened
-        && opened.attachment.passthrough_v6_added != 0
         && let Some(netns) = Netns::find(NetnsId {
             device: opened.attachment.netns_device,
             inode: opened.attachment.netns_inode,
         })
     {
-        routes::remove_passthrough(&netns, passthrough_v6())?;
+        additions(&opened.attachment).remove_from(&netns)?;
     }
     pins::remove(directory)
 }
@@ -219,7 +205,7 @@ fn take_apart(pod: &PodName, directory: &Path) -> Result<()> {
 fn attach_again(request: &Request<'_>, directory: &Path) -> Result<Attached> {
     let opened = Opened::open(request.pod, directory)?;
     opened.check()?;
-    let wanted = attachment(request, opened.attachment.passthrough_v6_added != 0);
+    let wanted = attachment(request, additions(&opened.attachment));
     let differs = if opened.attachment.layout != wanted.layout {
         Some("version of Interceptor")
     } else if opened.attachment.cgroup_id != wanted.cgroup_id {
@@ -355,11 +341,11 @@ where
     Ok(())
 }
 
-fn attachment(request: &Request<'_>, passthrough_v6_added: bool) -> Attachment {
+fn attachment(request: &Request<'_>, added: Additions) -> Attachment {
     let netns = request.netns.id();
     Attachment {
         layout: LAYOUT,
-        passthrough_v6_added: u32::from(passthrough_v6_added),
+        passthrough_v6_added: u32::from(added.passthrough),
         netns_device: netns.device,
         netns_inode: netns.inode,
         cgroup_id: request.cgroup.id(),
@@ -367,14 +353,18 @@ fn attachment(request: &Request<'_>, passthrough_v6_added: bool) -> Attachment {
     }
 }
 
-fn write_attachment(
-    object: &mut Object,
-    request: &Request<'_>,
-    passthrough_v6_added: bool,
-) -> Result<()> {
+/// What attaching may have added to the pod's network namespace.
+fn additions(attachment: &Attachment) -> Additions {
+    Additions {
+        passthrough: attachment.passthrough_v6_added != 0,
+        proxy_route: true,
+    }
+}
+
+fn write_attachment(object: &mut Object, request: &Request<'_>, added: Additions) -> Result<()> {
     let mut attachments: Array<_, Plain<Attachment>> = object.map_mut("ATTACHMENT")?;
     attachments
-        .set(0, Plain(attachment(request, passthrough_v6_added)), 0)
+        .set(0, Plain(attachment(request, added)), 0)
         .map_err(Error::map("writing", "ATTACHMENT"))
 }
 
@@ -446,20 +436,18 @@ fn refuse_host(request: &Request<'_>) -> Result<()> {
     }
 }
 
-/// The IPv6 passthrough address on the pod's `lo`, removed unless it is kept.
-struct PassthroughAddress<'a> {
+/// What was added to a pod's network namespace, removed unless it is kept.
+struct Added<'a> {
     netns: &'a Netns,
-    address: Ipv6Addr,
-    added: bool,
+    additions: Additions,
     kept: bool,
 }
 
-impl<'a> PassthroughAddress<'a> {
-    fn add(netns: &'a Netns, address: Ipv6Addr) -> Result<Self> {
+impl<'a> Added<'a> {
+    fn to(netns: &'a Netns, missing: Additions) -> Result<Self> {
         Ok(Self {
             netns,
-            address,
-            added: routes::add_passthrough(netns, address)?,
+            additions: missing.add_to(netns)?,
             kept: false,
         })
     }
@@ -469,11 +457,11 @@ impl<'a> PassthroughAddress<'a> {
     }
 }
 
-impl Drop for PassthroughAddress<'_> {
+impl Drop for Added<'_> {
     fn drop(&mut self) {
-        if self.added && !self.kept {
+        if !self.kept {
             // The error that brought us here is the one to report.
-            let _: Result<()> = routes::remove_passthrough(self.netns, self.address);
+            let _: Result<()> = self.additions.remove_from(self.netns);
         }
     }
 }

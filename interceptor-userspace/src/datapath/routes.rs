@@ -3,28 +3,34 @@
 
 use std::{
     collections::BTreeMap,
+    fs::File,
+    io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     time::Duration,
 };
 
 use futures_util::TryStreamExt as _;
 use interceptor_common::{
-    conn::Address,
+    conn::{Address, PROXY_NETWORK_V6, PROXY_NETWORK_V6_LENGTH, is_proxy_address},
     routes::{LOOPBACK, MAX_ROUTES, Route, RouteKind},
 };
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use procfs::{
+    FromReadSI as _, current_system_info,
+    net::{TcpNetEntries, TcpState},
+};
 use rtnetlink::{
     AddressMessageBuilder, Handle, IpVersion, RouteMessageBuilder,
     packet_route::{
         AddressFamily,
         address::AddressAttribute,
         link::LinkAttribute,
-        route::{RouteAddress, RouteAttribute, RouteMessage, RouteType},
+        route::{RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteType},
         rule::{RuleAction, RuleAttribute},
     },
 };
 
-use crate::{Error, Result, pod::netns::Netns};
+use crate::{Error, Result, pod::netns::Netns, settings::Family};
 
 /// The routes of a pod, by prefix.
 pub(crate) type Routes = BTreeMap<IpNet, Route>;
@@ -175,68 +181,162 @@ fn order_of_table(table: u32) -> Option<u8> {
     .map(|(_, order)| order)
 }
 
-/// Whether `lo` has the IPv6 passthrough address.
-pub(crate) fn has_passthrough(netns: &Netns, address: Ipv6Addr) -> Result<bool> {
-    with_netlink(netns, async |handle| {
-        let request = handle
-            .address()
-            .get()
-            .set_link_index_filter(LOOPBACK)
-            .set_address_filter(address.into());
-        let mut answers = Box::pin(request.execute());
-        answers
-            .try_next()
-            .await
-            .map(|answer| answer.is_some())
-            .map_err(failed("reading addresses"))
-    })
+/// What a pod's network namespace gets for IPv6 while the pod is attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Additions {
+    /// The passthrough address on `lo`, as the mesh's own tool adds it: the proxy
+    /// can't bind to it otherwise.
+    pub(crate) passthrough: bool,
+    /// The route that makes the proxy's addresses the pod's own. It is known by its
+    /// protocol.
+    pub(crate) proxy_route: bool,
 }
 
-/// Adds the IPv6 passthrough address to `lo`, as the mesh's own tool does: the
-/// proxy can't bind to it otherwise. False if it was there, or if the
-/// namespace has no IPv6.
-pub(crate) fn add_passthrough(netns: &Netns, address: Ipv6Addr) -> Result<bool> {
-    with_netlink(netns, async |handle| {
-        let request = handle.address().add(LOOPBACK, address.into(), 128);
-        match request.execute().await {
-            Ok(()) => {
-                // The kernel enters it into its local table a little later.
-                for _ in 0..1000 {
-                    let route = ask_route(handle, address.into()).await;
-                    if route.is_some_and(|route| route.header.kind == RouteType::Local) {
-                        break;
-                    }
-                    tokio::time::sleep(Duration::from_millis(1)).await;
-                }
-                Ok(true)
+impl Additions {
+    /// Those that `netns` doesn't have.
+    pub(crate) fn missing_in(netns: &Netns) -> Result<Self> {
+        with_netlink(netns, async |handle| {
+            let request = handle
+                .address()
+                .get()
+                .set_link_index_filter(LOOPBACK)
+                .set_address_filter(passthrough().into());
+            let mut answers = Box::pin(request.execute());
+            let answer = answers
+                .try_next()
+                .await
+                .map_err(failed("reading addresses"))?;
+            Ok(Self {
+                passthrough: answer.is_none(),
+                proxy_route: !is_local(handle, PROXY_NETWORK_V6).await,
+            })
+        })
+    }
+
+    /// Adds these to `netns`, and returns which of them were added: those that are
+    /// there are left alone, and none is added to a namespace without IPv6.
+    pub(crate) fn add_to(self, netns: &Netns) -> Result<Self> {
+        with_netlink(netns, async |handle| {
+            Ok(Self {
+                passthrough: self.passthrough && add_passthrough(handle).await?,
+                proxy_route: self.proxy_route && add_proxy_route(handle).await?,
+            })
+        })
+    }
+
+    /// Removes these from `netns`, but for the proxy's route while connections need
+    /// it: it then stays until the pod is attached and detached once more, or gone.
+    pub(crate) fn remove_from(self, netns: &Netns) -> Result<()> {
+        with_netlink(netns, async |handle| {
+            if self.passthrough {
+                let address = AddressMessageBuilder::<Ipv6Addr>::new()
+                    .index(LOOPBACK)
+                    .address(passthrough(), 128)
+                    .build();
+                let result = handle.address().del(address).execute().await;
+                let operation = format!("removing {} from lo", passthrough());
+                unless(result, &[libc::EADDRNOTAVAIL], &operation)?;
             }
-            Err(error)
-                if is_errno(
-                    &error,
-                    &[libc::EEXIST, libc::EACCES, libc::EOPNOTSUPP, libc::EPERM],
-                ) =>
-            {
-                Ok(false)
+            if self.proxy_route && !proxy_addresses_in_use()? {
+                let result = handle.route().del(proxy_route().build()).execute().await;
+                let operation = "removing the route of the proxy's IPv6 addresses";
+                unless(result, &[libc::ESRCH], operation)?;
             }
-            Err(error) => Err(failed(&format!("adding {address} to lo"))(error)),
-        }
-    })
+            Ok(())
+        })
+    }
 }
 
-/// Removes what [`add_passthrough`] added.
-pub(crate) fn remove_passthrough(netns: &Netns, address: Ipv6Addr) -> Result<()> {
-    with_netlink(netns, async |handle| {
-        let message = AddressMessageBuilder::<Ipv6Addr>::new()
-            .index(LOOPBACK)
-            .address(address, 128)
-            .build();
-        match handle.address().del(message).execute().await {
-            Err(error) if !is_errno(&error, &[libc::EADDRNOTAVAIL]) => {
-                Err(failed(&format!("removing {address} from lo"))(error))
-            }
-            _ => Ok(()),
+fn passthrough() -> Ipv6Addr {
+    match Family::V6.passthrough() {
+        IpAddr::V6(address) => address,
+        IpAddr::V4(_) => unreachable!("of the family"),
+    }
+}
+
+/// What the kernel says where there is no IPv6.
+const NO_IPV6: [i32; 3] = [libc::EACCES, libc::EOPNOTSUPP, libc::EPERM];
+
+/// False if it was there, or if there is no IPv6.
+async fn add_passthrough(handle: &Handle) -> Result<bool> {
+    let address = passthrough();
+    let result = handle
+        .address()
+        .add(LOOPBACK, address.into(), 128)
+        .execute()
+        .await;
+    let [a, b, c] = NO_IPV6;
+    let harmless = [libc::EEXIST, a, b, c];
+    if !unless(result, &harmless, &format!("adding {address} to lo"))? {
+        return Ok(false);
+    }
+    // The kernel enters it into its local table a little later.
+    for _ in 0..1000 {
+        if is_local(handle, address).await {
+            break;
         }
-    })
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    Ok(true)
+}
+
+/// Connections to the proxy's addresses come from the source address of those that
+/// leave the pod. False if there is none, or if the kernel refuses it (one that it is
+/// still looking for duplicates of).
+async fn add_proxy_route(handle: &Handle) -> Result<bool> {
+    // Of nobody (RFC 3849): where most connections go, by the default route.
+    let elsewhere = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1);
+    let Some(IpAddr::V6(source)) = ask_source(handle, elsewhere.into()).await else {
+        return Ok(false);
+    };
+    let message = proxy_route().pref_source(source).build();
+    let result = handle.route().add(message).execute().await;
+    let [a, b, c] = NO_IPV6;
+    let harmless = [libc::EEXIST, libc::EINVAL, a, b, c];
+    unless(
+        result,
+        &harmless,
+        "adding the route of the proxy's IPv6 addresses",
+    )
+}
+
+fn proxy_route() -> RouteMessageBuilder<Ipv6Addr> {
+    RouteMessageBuilder::<Ipv6Addr>::new()
+        .destination_prefix(PROXY_NETWORK_V6, PROXY_NETWORK_V6_LENGTH)
+        .kind(RouteType::Local)
+        .table_id(u32::from(libc::RT_TABLE_LOCAL))
+        .output_interface(LOOPBACK)
+        .protocol(PROXY_ROUTE_PROTOCOL)
+}
+
+/// Whose route it is, as `ip route` shows it; a number that nobody else uses
+/// (rt_protos of iproute2).
+const PROXY_ROUTE_PROTOCOL: RouteProtocol = RouteProtocol::Other(150);
+
+/// Whether this thread's network namespace has a connection to an IPv6 address of the
+/// proxy's. (`TIME_WAIT` needs no route any more.)
+fn proxy_addresses_in_use() -> Result<bool> {
+    let path = "/proc/thread-self/net/tcp6";
+    let file = match File::open(path) {
+        // A kernel without IPv6.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        file => file.map_err(Error::system(format!("reading {path}")))?,
+    };
+    let sockets = TcpNetEntries::from_read(file, current_system_info())
+        .map_err(io::Error::other)
+        .map_err(Error::system(format!("reading {path}")))?;
+    Ok(sockets.0.iter().any(|socket| {
+        socket.state != TcpState::TimeWait && is_proxy_address(&socket.local_address.ip().into())
+    }))
+}
+
+/// Whether a result is a success; false if its error is one of `harmless`.
+fn unless(result: Result<(), rtnetlink::Error>, harmless: &[i32], operation: &str) -> Result<bool> {
+    match result {
+        Ok(()) => Ok(true),
+        Err(error) if is_errno(&error, harmless) => Ok(false),
+        Err(error) => Err(failed(operation)(error)),
+    }
 }
 
 /// Whether the mesh's own tool would give the namespace IPv6 chains: if the first
@@ -448,6 +548,12 @@ fn probes(bits: u8) -> impl Iterator<Item = u128> {
         .rev()
         .map(move |bit| (1u128 << bit) | one)
         .chain([one, 0])
+}
+
+/// Whether packets to `address` come back to the namespace.
+async fn is_local(handle: &Handle, address: Ipv6Addr) -> bool {
+    let route = ask_route(handle, address.into()).await;
+    route.is_some_and(|route| route.header.kind == RouteType::Local)
 }
 
 /// The source address that the kernel gives a socket that connects to
