@@ -641,10 +641,10 @@ fn differs_by_design(expected: &Row, observed: &Row) -> bool {
         .map(|port| format!("PROXY:{port}"))
         .contains(&expected.observed.served_by);
     match expected.case.from {
-        // REDIRECT sends to 127.0.0.1. Interceptor spreads over 127.15.1.0/24,
-        // so that not all destinations share one range of ephemeral ports. In
-        // IPv6 it sends to the source address, which needs no bind() to be kept.
-        // TPROXY leaves what the proxy connects to its own pod where it was sent.
+        // REDIRECT sends to 127.0.0.1 and ::1. Interceptor spreads over 127.15.1.0/24
+        // and 100::f01:0/120, so that not all destinations share one range of
+        // ephemeral ports. What comes from an IPv6 address other than the pod's
+        // usual one it sends to that address, which needs no bind() to be kept. TPROXY leaves what the proxy connects to its own pod where it was sent.
         Host::Pod => {
             let to = SocketAddr::new(
                 expected.case.to.ip().to_canonical(),
@@ -658,7 +658,8 @@ fn differs_by_design(expected: &Row, observed: &Row) -> bool {
                 }
                 IpAddr::V6(v6) => {
                     (by_tproxy || iptables.ip() == Ipv6Addr::LOCALHOST)
-                        && expected.observed.client_getsockname == format!("[{v6}]:*")
+                        && (v6.segments()[..7] == [0x100, 0, 0, 0, 0, 0, 0xf01]
+                            || expected.observed.client_getsockname == format!("[{v6}]:*"))
                 }
             };
             through_proxy && sent_to && (by_tproxy || interceptor.port() == iptables.port())

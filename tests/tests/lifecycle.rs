@@ -38,12 +38,6 @@ fn has_proxy_route(pod: &Pod) -> Result<bool> {
     Ok(routes.contains("100::f01:0/120"))
 }
 
-/// The route of the proxy's IPv6 addresses.
-fn has_proxy_route(pod: &Pod) -> Result<bool> {
-    let routes = pod.netns().ip("-6 route show table local")?;
-    Ok(routes.contains("100::f01:0/120"))
-}
-
 /// Nothing of the pod is there any more, but for the route that live connections
 /// need.
 fn assert_nothing_left(cli: &Cli, pod: &Pod, objects: &[Id]) -> Result<()> {
