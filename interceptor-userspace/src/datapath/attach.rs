@@ -3,7 +3,6 @@
 use std::{
     borrow::{Borrow, BorrowMut},
     fs, io,
-    net::{IpAddr, Ipv6Addr},
     os::fd::{AsFd as _, BorrowedFd},
     path::Path,
 };
@@ -18,12 +17,13 @@ use interceptor_common::{
 };
 
 use super::{
+    additions::{self, Additions},
     bpf::{self, Link},
     object::{DNS_LINKS, Hook, LINKS, LogLevel, MAPS, Maps, Object, all_hooks},
     pins::{self, Pins, Staging, link_pin},
     plain::Plain,
     policy::{self, Change},
-    routes::{self, Routes},
+    routes::{self, Routes, Tproxy},
     view::Opened,
 };
 use crate::{
@@ -34,7 +34,7 @@ use crate::{
         listeners::{self, Listener},
         netns::{Netns, NetnsId},
     },
-    settings::{Family, Settings},
+    settings::Settings,
 };
 
 /// A pod to attach, and how.
@@ -83,9 +83,7 @@ pub fn attach(pins: &Pins, request: &Request<'_>) -> Result<Attached> {
 
     let settings = request.settings;
     let place = policy::place(settings, request.netns)?;
-    let address = passthrough_v6();
-    // Also where IPv6 has no chains yet: they may come with a change.
-    let add_address = !routes::has_passthrough(request.netns, address)?;
+    let missing = additions::missing(request.netns, settings)?;
     let hooks = || {
         let dns = settings.dns.is_on().then_some(&DNS_LINKS);
         LINKS.iter().chain(dns.into_iter().flatten())
@@ -98,7 +96,7 @@ pub fn attach(pins: &Pins, request: &Request<'_>) -> Result<Attached> {
         },
         hooks(),
     )?;
-    write_attachment(&mut object, request, add_address)?;
+    write_attachment(&mut object, request, missing)?;
 
     // From here on, what a kill leaves tells `take_apart` what to take back.
     let staging = Staging::make(pins.attaching(request.pod))?;
@@ -109,15 +107,13 @@ pub fn attach(pins: &Pins, request: &Request<'_>) -> Result<Attached> {
         })?;
     }
     policy::write_first(&mut object, &pins.attaching(request.pod), settings, &place)?;
-    let passthrough = add_address
-        .then(|| PassthroughAddress::add(request.netns, address))
-        .transpose()?;
-    if passthrough.as_ref().is_some_and(|address| !address.added) {
-        write_attachment(&mut object, request, false)?;
+    let additions = Additions::add(request.netns, settings, missing)?;
+    if additions.bits() != missing {
+        write_attachment(&mut object, request, additions.bits())?;
     }
     write_routes(
         &mut object.map_mut("ROUTES")?,
-        &routes::read(request.netns)?,
+        &routes::read(request.netns, Tproxy::of(settings))?,
     )?;
 
     // Pinned when all are attached: until then a kill detaches them all.
@@ -137,9 +133,7 @@ pub fn attach(pins: &Pins, request: &Request<'_>) -> Result<Attached> {
             .map_err(Error::system(format!("pinning {}", path.display())))?;
     }
     staging.keep_as(&directory)?;
-    if let Some(passthrough) = passthrough {
-        passthrough.keep();
-    }
+    additions.keep();
     Ok(Attached::Newly)
 }
 
@@ -166,13 +160,6 @@ pub fn detach(pins: &Pins, pod: &PodName) -> Result<()> {
         detaching.display()
     )))?;
     take_apart(pod, &detaching)
-}
-
-fn passthrough_v6() -> Ipv6Addr {
-    match Family::V6.passthrough() {
-        IpAddr::V6(address) => address,
-        IpAddr::V4(_) => unreachable!("of the family"),
-    }
 }
 
 /// Removes what a process that was killed has left of `pod`.
@@ -203,13 +190,13 @@ fn take_apart(pod: &PodName, directory: &Path) -> Result<()> {
         }
     }
     if let Some(opened) = opened
-        && opened.attachment.passthrough_v6_added != 0
+        && opened.attachment.added != 0
         && let Some(netns) = Netns::find(NetnsId {
             device: opened.attachment.netns_device,
             inode: opened.attachment.netns_inode,
         })
     {
-        routes::remove_passthrough(&netns, passthrough_v6())?;
+        additions::remove(&netns, &opened.settings, opened.attachment.added)?;
     }
     pins::remove(directory)
 }
@@ -219,7 +206,7 @@ fn take_apart(pod: &PodName, directory: &Path) -> Result<()> {
 fn attach_again(request: &Request<'_>, directory: &Path) -> Result<Attached> {
     let opened = Opened::open(request.pod, directory)?;
     opened.check()?;
-    let wanted = attachment(request, opened.attachment.passthrough_v6_added != 0);
+    let wanted = attachment(request, opened.attachment.added);
     let differs = if opened.attachment.layout != wanted.layout {
         Some("version of Interceptor")
     } else if opened.attachment.cgroup_id != wanted.cgroup_id {
@@ -243,7 +230,7 @@ fn attach_again(request: &Request<'_>, directory: &Path) -> Result<Attached> {
             what,
         });
     }
-    let routes = routes::read(request.netns)?;
+    let routes = routes::read(request.netns, Tproxy::of(request.settings))?;
     let mut map: RoutesMap<MapData> = opened.map("ROUTES")?;
     write_routes(&mut map, &routes)?;
     let listeners = opened.open_map("LISTENERS")?;
@@ -355,11 +342,11 @@ where
     Ok(())
 }
 
-fn attachment(request: &Request<'_>, passthrough_v6_added: bool) -> Attachment {
+fn attachment(request: &Request<'_>, added: u32) -> Attachment {
     let netns = request.netns.id();
     Attachment {
         layout: LAYOUT,
-        passthrough_v6_added: u32::from(passthrough_v6_added),
+        added,
         netns_device: netns.device,
         netns_inode: netns.inode,
         cgroup_id: request.cgroup.id(),
@@ -367,14 +354,10 @@ fn attachment(request: &Request<'_>, passthrough_v6_added: bool) -> Attachment {
     }
 }
 
-fn write_attachment(
-    object: &mut Object,
-    request: &Request<'_>,
-    passthrough_v6_added: bool,
-) -> Result<()> {
+fn write_attachment(object: &mut Object, request: &Request<'_>, added: u32) -> Result<()> {
     let mut attachments: Array<_, Plain<Attachment>> = object.map_mut("ATTACHMENT")?;
     attachments
-        .set(0, Plain(attachment(request, passthrough_v6_added)), 0)
+        .set(0, Plain(attachment(request, added)), 0)
         .map_err(Error::map("writing", "ATTACHMENT"))
 }
 
@@ -443,37 +426,5 @@ fn refuse_host(request: &Request<'_>) -> Result<()> {
         })
     } else {
         Ok(())
-    }
-}
-
-/// The IPv6 passthrough address on the pod's `lo`, removed unless it is kept.
-struct PassthroughAddress<'a> {
-    netns: &'a Netns,
-    address: Ipv6Addr,
-    added: bool,
-    kept: bool,
-}
-
-impl<'a> PassthroughAddress<'a> {
-    fn add(netns: &'a Netns, address: Ipv6Addr) -> Result<Self> {
-        Ok(Self {
-            netns,
-            address,
-            added: routes::add_passthrough(netns, address)?,
-            kept: false,
-        })
-    }
-
-    fn keep(mut self) {
-        self.kept = true;
-    }
-}
-
-impl Drop for PassthroughAddress<'_> {
-    fn drop(&mut self) {
-        if self.added && !self.kept {
-            // The error that brought us here is the one to report.
-            let _: Result<()> = routes::remove_passthrough(self.netns, self.address);
-        }
     }
 }

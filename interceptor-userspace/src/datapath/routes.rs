@@ -19,18 +19,23 @@ use rtnetlink::{
         AddressFamily,
         address::AddressAttribute,
         link::LinkAttribute,
-        route::{RouteAddress, RouteAttribute, RouteMessage, RouteType},
-        rule::{RuleAction, RuleAttribute},
+        route::{RouteAddress, RouteAttribute, RouteMessage, RouteScope, RouteType},
+        rule::{RuleAction, RuleAttribute, RuleMessage},
     },
 };
 
-use crate::{Error, Result, pod::netns::Netns};
+use crate::{
+    Error, Result,
+    pod::netns::Netns,
+    settings::{Family, Mode, Settings},
+};
 
 /// The routes of a pod, by prefix.
 pub(crate) type Routes = BTreeMap<IpNet, Route>;
 
-/// Reads the routes of `netns`.
-pub(crate) fn read(netns: &Netns) -> Result<Routes> {
+/// Reads the routes of `netns`. The routing rule of `tproxy` leads only the proxy's
+/// own connections elsewhere.
+pub(crate) fn read(netns: &Netns, tproxy: Option<Tproxy>) -> Result<Routes> {
     with_netlink(netns, async |handle| {
         let mut prefixes: BTreeMap<IpNet, Candidate> = BTreeMap::new();
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
@@ -67,7 +72,7 @@ pub(crate) fn read(netns: &Netns) -> Result<Routes> {
                 most: MAX_ROUTES,
             });
         }
-        if routes_by_rule(handle).await? {
+        if routes_by_rule(handle, tproxy).await? {
             // Which table a connection's route is in can't be told here: none
             // is taken to be unreachable.
             prefixes.retain(|_, candidate| candidate.kind != RouteKind::Unreachable);
@@ -137,11 +142,13 @@ impl Candidate {
 }
 
 /// Whether rules choose between tables by more than their order: any rule but
-/// the kernel's own three.
-async fn routes_by_rule(handle: &Handle) -> Result<bool> {
+/// the kernel's own three and that of `tproxy`.
+async fn routes_by_rule(handle: &Handle, tproxy: Option<Tproxy>) -> Result<bool> {
     for version in [IpVersion::V4, IpVersion::V6] {
-        let mut rules = Box::pin(handle.rule().get(version).execute());
-        while let Some(rule) = rules.try_next().await.map_err(failed("reading rules"))? {
+        for rule in rules(handle, version).await? {
+            if tproxy.is_some_and(|tproxy| tproxy.is_rule(&rule)) {
+                continue;
+            }
             let standard = rule.header.action == RuleAction::ToTable
                 && order_of_table(u32::from(rule.header.table)).is_some()
                 && rule.header.src_len == 0
@@ -160,6 +167,11 @@ async fn routes_by_rule(handle: &Handle) -> Result<bool> {
         }
     }
     Ok(false)
+}
+
+async fn rules(handle: &Handle, version: IpVersion) -> Result<Vec<RuleMessage>> {
+    let request = handle.rule().get(version).execute();
+    request.try_collect().await.map_err(failed("reading rules"))
 }
 
 /// A table's place in the order in which the kernel's own rules ask it.
@@ -237,6 +249,163 @@ pub(crate) fn remove_passthrough(netns: &Netns, address: Ipv6Addr) -> Result<()>
             _ => Ok(()),
         }
     })
+}
+
+/// By what the answers come back to connections that the proxy makes from its
+/// client's address: the rule `fwmark MARK lookup TABLE` and in that table the
+/// route `local default dev lo`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Tproxy {
+    mark: u32,
+    table: u32,
+}
+
+impl Tproxy {
+    /// Those of the settings; none if they capture nothing by TPROXY.
+    pub(crate) fn of(settings: &Settings) -> Option<Self> {
+        (settings.mode == Mode::Tproxy && settings.captures_inbound()).then_some(Self {
+            mark: settings.tproxy_mark,
+            table: settings.tproxy_table,
+        })
+    }
+
+    fn is_rule(self, rule: &RuleMessage) -> bool {
+        let has = |wanted: &dyn Fn(&RuleAttribute) -> bool| rule.attributes.iter().any(wanted);
+        rule.header.action == RuleAction::ToTable
+            && (rule.header.src_len, rule.header.dst_len) == (0, 0)
+            && has(&|attribute| *attribute == RuleAttribute::FwMark(self.mark))
+            && has(&|attribute| *attribute == RuleAttribute::Table(self.table))
+            && !has(&|attribute| {
+                matches!(
+                    attribute,
+                    RuleAttribute::Iifname(_) | RuleAttribute::Oifname(_)
+                )
+            })
+    }
+
+    fn is_route(self, route: &RouteMessage) -> bool {
+        route.header.kind == RouteType::Local
+            && route.header.destination_prefix_length == 0
+            && route
+                .attributes
+                .contains(&RouteAttribute::Table(self.table))
+    }
+
+    fn rule(self, family: Family) -> RuleMessage {
+        let mut rule = RuleMessage::default();
+        rule.header.family = address_family(family);
+        rule.header.action = RuleAction::ToTable;
+        rule.attributes = vec![
+            RuleAttribute::FwMark(self.mark),
+            RuleAttribute::Table(self.table),
+        ];
+        rule
+    }
+
+    fn route(self, family: Family) -> RouteMessage {
+        let mut route = match family {
+            Family::V4 => RouteMessageBuilder::<Ipv4Addr>::new()
+                .output_interface(LOOPBACK)
+                .table_id(self.table)
+                .kind(RouteType::Local)
+                .scope(RouteScope::Host)
+                .build(),
+            Family::V6 => RouteMessageBuilder::<Ipv6Addr>::new()
+                .output_interface(LOOPBACK)
+                .table_id(self.table)
+                .kind(RouteType::Local)
+                .build(),
+        };
+        route.header.destination_prefix_length = 0;
+        route
+    }
+}
+
+const fn address_family(family: Family) -> AddressFamily {
+    match family {
+        Family::V4 => AddressFamily::Inet,
+        Family::V6 => AddressFamily::Inet6,
+    }
+}
+
+/// Whether there is the rule and the route of `tproxy` in this family.
+pub(crate) fn has_tproxy(netns: &Netns, tproxy: Tproxy, family: Family) -> Result<(bool, bool)> {
+    with_netlink(netns, async |handle| {
+        let version = match family {
+            Family::V4 => IpVersion::V4,
+            Family::V6 => IpVersion::V6,
+        };
+        let rules = rules(handle, version).await?;
+        let mut request = RouteMessage::default();
+        request.header.address_family = address_family(family);
+        let routes: Vec<RouteMessage> = handle
+            .route()
+            .get(request)
+            .execute()
+            .try_collect()
+            .await
+            .map_err(failed("reading routes"))?;
+        Ok((
+            rules.iter().any(|rule| tproxy.is_rule(rule)),
+            routes.iter().any(|route| tproxy.is_route(route)),
+        ))
+    })
+}
+
+/// Adds the rule of `tproxy`; false if the namespace has no such family.
+pub(crate) fn add_rule(netns: &Netns, tproxy: Tproxy, family: Family) -> Result<bool> {
+    with_netlink(netns, async |handle| {
+        let mut request = handle.rule().add();
+        *request.message_mut() = tproxy.rule(family);
+        added(request.execute().await, family, "adding TPROXY's rule")
+    })
+}
+
+/// Adds the route of `tproxy`; false if the namespace has no such family.
+pub(crate) fn add_route(netns: &Netns, tproxy: Tproxy, family: Family) -> Result<bool> {
+    with_netlink(netns, async |handle| {
+        let request = handle.route().add(tproxy.route(family));
+        added(request.execute().await, family, "adding TPROXY's route")
+    })
+}
+
+fn added(
+    result: std::result::Result<(), rtnetlink::Error>,
+    family: Family,
+    operation: &str,
+) -> Result<bool> {
+    const NO_IPV6: [i32; 3] = [libc::EAFNOSUPPORT, libc::EOPNOTSUPP, libc::EACCES];
+    match result {
+        Ok(()) => Ok(true),
+        Err(error) if family == Family::V6 && is_errno(&error, &NO_IPV6) => Ok(false),
+        Err(error) => Err(failed(operation)(error)),
+    }
+}
+
+/// Removes what [`add_rule`] added.
+pub(crate) fn remove_rule(netns: &Netns, tproxy: Tproxy, family: Family) -> Result<()> {
+    with_netlink(netns, async |handle| {
+        let request = handle.rule().del(tproxy.rule(family));
+        removed(request.execute().await, "removing TPROXY's rule")
+    })
+}
+
+/// Removes what [`add_route`] added.
+pub(crate) fn remove_route(netns: &Netns, tproxy: Tproxy, family: Family) -> Result<()> {
+    with_netlink(netns, async |handle| {
+        let request = handle.route().del(tproxy.route(family));
+        removed(request.execute().await, "removing TPROXY's route")
+    })
+}
+
+/// What isn't there any more needs no removing.
+fn removed(result: std::result::Result<(), rtnetlink::Error>, operation: &str) -> Result<()> {
+    match result {
+        Err(error) if !is_errno(&error, &[libc::ENOENT, libc::ESRCH]) => {
+            Err(failed(operation)(error))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Whether the mesh's own tool would give the namespace IPv6 chains: if the first
