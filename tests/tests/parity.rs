@@ -25,7 +25,7 @@ use interceptor_tests::{
     cases::{Case, Observed, Row, as_interceptor_may},
     cli::Cli,
     command::run,
-    iptables::{Flavour, Version, restore, save_all},
+    iptables::{Flavour, Version, prepare, replace, restore, save_all},
     mesh::{Dns, Mesh, Mode, random, strings},
     pod::{Credentials, Host, PEER_V4, PEER_V6, POD_V4, POD_V6, Pod},
 };
@@ -297,22 +297,7 @@ struct Bed {
 impl Bed {
     fn new() -> Result<Self> {
         let iptables = Side::new()?;
-        let netns = iptables.pod.netns();
-        for (name, value) in [
-            ("netfilter/nf_conntrack_tcp_timeout_time_wait", "1"),
-            ("netfilter/nf_conntrack_udp_timeout", "1"),
-            ("netfilter/nf_conntrack_udp_timeout_stream", "1"),
-        ] {
-            netns.sysctl(name, value)?;
-        }
-        netns.ip("-6 addr add ::6/128 dev lo")?;
-        // What the mesh's tool adds for TPROXY, and leaves when it cleans up.
-        for family in ["-4", "-6"] {
-            netns.ip(&format!("{family} rule add fwmark 1337 lookup 133"))?;
-            netns.ip(&format!(
-                "{family} route add local default dev lo table 133"
-            ))?;
-        }
+        prepare(&iptables.pod)?;
         Ok(Self {
             iptables,
             interceptor: Side::new()?,
@@ -326,14 +311,8 @@ impl Bed {
     /// Gives both sides these settings: the first time Interceptor attaches with
     /// them, later it changes to them.
     fn install(&mut self, mesh: &Mesh) -> Result<()> {
-        for version in Version::BOTH {
-            let rules = format!(
-                "*raw\nCOMMIT\n*mangle\nCOMMIT\n*nat\nCOMMIT\n{}",
-                mesh.chains(version)
-            );
-            // nft's can't flush and fill a table in one text.
-            restore(&self.iptables.pod, Flavour::Legacy, version, &rules)?;
-        }
+        // nft's can't flush and fill a table in one text.
+        replace(&self.iptables.pod, Flavour::Legacy, mesh)?;
         let mut command = if self.attached {
             let mut command = self.cli.command()?;
             command.args(["set", self.interceptor.pod.name()]);
@@ -1116,13 +1095,9 @@ fn what_iptables_saves_is_imported() -> Result<()> {
             continue;
         }
         let mut text = String::new();
+        let pod = &bed.iptables.pod;
+        replace(pod, Flavour::Legacy, &mesh)?;
         for version in Version::BOTH {
-            let pod = &bed.iptables.pod;
-            let rules = format!(
-                "*raw\nCOMMIT\n*mangle\nCOMMIT\n*nat\nCOMMIT\n{}",
-                mesh.chains(version)
-            );
-            restore(pod, Flavour::Legacy, version, &rules)?;
             text.push_str(&save_all(pod, Flavour::Legacy, version)?);
         }
         let file = tempfile::NamedTempFile::new()?;
