@@ -135,6 +135,8 @@ pub struct OutputFacts {
     pub out_interface: u32,
     /// Whose socket it is.
     pub owner: Owner,
+    /// The socket's mark (`SO_MARK`); 0 if it has none.
+    pub mark: u32,
 }
 
 impl OutputFacts {
@@ -207,8 +209,9 @@ pub struct InboundFacts {
 /// (of a uid) and rule 3 leave port 53 alone, and rule 3 looks at TCP only.
 ///
 /// Under TPROXY the mangle table marks what the proxy's uids and gids connect over
-/// `lo`, but not to localhost. What these rules leave alone of it then comes to
-/// `ISTIO_INBOUND`, like a connection that arrives.
+/// `lo`, but not to localhost, and not what has TPROXY's own mark already. What
+/// these rules leave alone of it then comes to `ISTIO_INBOUND`, like a connection
+/// that arrives.
 #[inline(always)]
 pub fn output(settings: &Settings, lists: &impl Lists, facts: &OutputFacts) -> Decision {
     let family = settings.family(&facts.destination);
@@ -218,6 +221,7 @@ pub fn output(settings: &Settings, lists: &impl Lists, facts: &OutputFacts) -> D
         || !facts.over_loopback
         || family.is_localhost(&facts.destination)
         || facts.source == family.passthrough
+        || facts.mark == settings.tproxy_mark
     {
         return decision;
     }

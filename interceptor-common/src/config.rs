@@ -180,6 +180,11 @@ pub struct Settings {
     pub tunnel_rule: u32,
     /// The number of the rule that captures all that is left.
     pub inbound_all_rule: u32,
+    /// The mark of TPROXY: connections that have it are the proxy's, from its
+    /// client's address to its own pod.
+    pub tproxy_mark: u32,
+    /// Always zero, so that the type has no padding.
+    pub reserved: u32,
     /// IPv4.
     pub v4: Family,
     /// IPv6.

@@ -219,14 +219,15 @@ impl fmt::Debug for Endpoint {
     }
 }
 
-/// A redirected connection on its way from the client's socket to the proxy's:
-/// the key of the map of handshakes in flight.
+/// A redirected connection on its way from the client's socket to the proxy's, or
+/// one of [`Role::FromElsewhere`] on its way to the application's: the key of the
+/// map of handshakes in flight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub struct Handshake {
     /// The client's end.
     pub client: Endpoint,
-    /// The proxy's end, after the rewrite.
+    /// The other end: the proxy's, after the rewrite.
     pub proxy: Endpoint,
 }
 
@@ -242,6 +243,10 @@ pub enum Role {
     /// wants to go. connect() fails for want of one; if the kernel has one
     /// after all, the connection must not leave.
     Unroutable = 3,
+    /// A socket that connects to its own pod from an address that isn't the
+    /// pod's, under TPROXY: the proxy, from its client's address. It isn't
+    /// redirected, and must not be taken for one that arrives.
+    FromElsewhere = 4,
 }
 
 /// What a redirected connection's sockets remember as long as they live.

@@ -219,6 +219,8 @@ fn captured(
         over_loopback,
         out_interface: out_interface(sk, over_loopback, route_interface),
         owner: kernel::owner_by_copy(sk).unwrap_or(Owner::NONE),
+        // Of TCP only.
+        mark: 0,
     };
     if !facts.enter_chains() {
         return None;

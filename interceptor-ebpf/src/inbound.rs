@@ -12,7 +12,7 @@ use aya_ebpf::{
 use aya_log_ebpf::{debug, warn};
 use interceptor_common::{
     chains::{InboundFacts, Verdict, inbound},
-    config::Settings,
+    config::{Settings, stages},
     conn::{Address, Endpoint, Handshake, TCP, is_proxy_address},
     counters::Event,
     listeners::{ProxyPort, SLOTS, accepts},
@@ -55,7 +55,8 @@ pub(crate) fn find_listener(ctx: SkLookupContext) -> u32 {
         return SK_DROP;
     };
     let (local, remote) = looked_up(ctx.lookup);
-    let inside = matches!(maps::route(&remote.address), Some(route) if route.is(RouteKind::Local));
+    let inside = matches!(maps::route(&remote.address), Some(route) if route.is(RouteKind::Local))
+        || seems_from_elsewhere(settings, local, remote);
     let choice = if inside {
         from_inside(settings, local, remote)
     } else {
@@ -82,6 +83,17 @@ pub(crate) fn find_listener(ctx: SkLookupContext) -> u32 {
     maps::count(Event::NoInboundListener);
     warn!(ctx, "refused, no proxy listens: port {}", wanted.port);
     SK_DROP
+}
+
+/// Whether the connection is of the pod with itself, although its source isn't an
+/// address of the pod: under TPROXY, the proxy's from its client's address.
+#[inline(always)]
+fn seems_from_elsewhere(settings: &Settings, local: Endpoint, remote: Endpoint) -> bool {
+    let handshake = Handshake {
+        client: remote,
+        proxy: local,
+    };
+    settings.family(&local.address).has(stages::TPROXY) && handshakes::get(&handshake).is_some()
 }
 
 /// A connection that arrives: `ISTIO_INBOUND`.

@@ -14,7 +14,7 @@ use aya_ebpf::{
 use aya_log_ebpf::{debug, warn};
 use interceptor_common::{
     chains::{Chain, Decision, OutputFacts, Owner, Verdict, output},
-    config::{LOCALHOST_V6, Settings},
+    config::{LOCALHOST_V6, Settings, stages},
     conn::{
         Address, Endpoint, Handshake, Role, TCP, is_proxy_address, proxy_address_v4,
         proxy_address_v6,
@@ -188,6 +188,7 @@ fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Connect {
         over_loopback,
         out_interface,
         owner,
+        mark: read!(sk, mark),
     };
     let verdict = if !facts.enter_chains() {
         Verdict::Direct
@@ -213,6 +214,13 @@ fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Connect {
         Verdict::Direct => {
             if source_was_chosen {
                 unbind(ctx.sock_addr, sk, &endpoint.address);
+            }
+            if from_elsewhere(settings, &facts, bound_to_any) {
+                return if origins::set(sk, &destination, Role::FromElsewhere, 0) {
+                    Connect::AsAsked
+                } else {
+                    Connect::Refused
+                };
             }
             if connected_before {
                 origins::forget(sk);
@@ -296,6 +304,16 @@ fn proxy_address_for(sk: *const bpf_sock, source: &Address, bound_to_any: bool) 
 fn random() -> u32 {
     // SAFETY: no arguments.
     unsafe { bpf_get_prandom_u32() }
+}
+
+/// Whether a connection to the pod itself would seem to arrive from another host:
+/// see [`Role::FromElsewhere`].
+#[inline(always)]
+fn from_elsewhere(settings: &Settings, facts: &OutputFacts, bound_to_any: bool) -> bool {
+    settings.family(&facts.destination).has(stages::TPROXY)
+        && facts.over_loopback
+        && !bound_to_any
+        && !matches!(maps::route(&facts.source), Some(route) if route.is(RouteKind::Local))
 }
 
 /// The decision, about which the verifier knows nothing any more.
@@ -410,7 +428,8 @@ fn connecting(ctx: &SockOpsContext) {
         return;
     }
     let (client, proxy) = ends(ctx.ops);
-    if !proxy.address.is_loopback()
+    if origin.role != Role::FromElsewhere as u32
+        && !proxy.address.is_loopback()
         && proxy.address != client.address
         && !is_proxy_address(&proxy.address)
     {
@@ -451,17 +470,20 @@ fn stop(ctx: &SockOpsContext) {
     warn!(ctx, "stopped: the routes have changed since they were read");
 }
 
-/// The proxy's socket is established, and not yet returned by accept().
+/// The proxy's socket, or the application's, is established, and not yet returned
+/// by accept().
 #[inline(always)]
 fn accepted(ctx: &SockOpsContext) {
     let Some(settings) = maps::settings() else {
         return;
     };
     let port = read!(ctx.ops, local_port);
-    if port != u32::from(settings.outbound_port)
-        && port != u32::from(settings.inbound_port)
-        && port != u32::from(settings.dns_port)
-    {
+    let is_proxys = port == u32::from(settings.outbound_port)
+        || port == u32::from(settings.inbound_port)
+        || port == u32::from(settings.dns_port);
+    // Under TPROXY it may be the application's, of a connection that seems to
+    // arrive from elsewhere.
+    if !is_proxys && (settings.v4.stages | settings.v6.stages) & stages::TPROXY == 0 {
         return;
     }
     let sk = read!(ctx.ops, __bindgen_anon_2.sk);
@@ -473,7 +495,7 @@ fn accepted(ctx: &SockOpsContext) {
     let Some(original_destination) = handshakes::get(&key) else {
         return;
     };
-    if !origins::set(sk, original_destination, Role::Accepted, 0) {
+    if is_proxys && !origins::set(sk, original_destination, Role::Accepted, 0) {
         maps::count(Event::OriginLost);
     }
     handshakes::remove(&key);

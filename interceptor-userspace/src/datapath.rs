@@ -1,6 +1,7 @@
 //! The data path of a pod: its kernel programs, their maps and their links,
 //! all pinned, so that no process has to stay.
 
+mod additions;
 mod attach;
 mod bpf;
 mod explain;

@@ -117,6 +117,9 @@ pub struct Connect {
     pub owner: Credentials,
     /// What to bind the socket to; port 0 leaves it to the kernel.
     pub bind: Option<SocketAddr>,
+    /// The socket's mark (`SO_MARK`). With one, the address to bind to need not be
+    /// the host's (`IP_TRANSPARENT`). For TCP.
+    pub mark: Option<u32>,
     /// Where to connect.
     pub to: SocketAddr,
     /// Whether connect() is called on a non-blocking socket.
@@ -148,6 +151,7 @@ impl Connect {
         Self {
             owner,
             bind: None,
+            mark: None,
             to,
             nonblocking: false,
             timeout: Duration::from_secs(5),

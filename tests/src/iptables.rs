@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context, Result};
 
-use crate::{cases::Family, command::run, pod::Pod};
+use crate::{cases::Family, command::run, mesh::Mesh, pod::Pod};
 
 /// The sidecar's IPv4 chains.
 pub const RULES_V4: &str = include_str!("../oracle/seed-rules.v4");
@@ -67,6 +67,48 @@ pub fn install(pod: &Pod, flavour: Flavour) -> Result<()> {
     pod.netns().ip("-6 addr add ::6/128 dev lo")?;
     restore(pod, flavour, Version::V4, RULES_V4)?;
     restore(pod, flavour, Version::V6, RULES_V6)
+}
+
+/// Gives the pod what chains that the mesh's own tool makes of any settings need:
+/// what its tool adds, too, for TPROXY.
+///
+/// # Errors
+///
+/// If it can't be.
+pub fn prepare(pod: &Pod) -> Result<()> {
+    let netns = pod.netns();
+    // An ended connection's port is renumbered only until it is forgotten.
+    for (name, value) in [
+        ("netfilter/nf_conntrack_tcp_timeout_time_wait", "1"),
+        ("netfilter/nf_conntrack_udp_timeout", "1"),
+        ("netfilter/nf_conntrack_udp_timeout_stream", "1"),
+    ] {
+        netns.sysctl(name, value)?;
+    }
+    netns.ip("-6 addr add ::6/128 dev lo")?;
+    for family in ["-4", "-6"] {
+        netns.ip(&format!("{family} rule add fwmark 1337 lookup 133"))?;
+        netns.ip(&format!(
+            "{family} route add local default dev lo table 133"
+        ))?;
+    }
+    Ok(())
+}
+
+/// Replaces the pod's chains by those that the mesh's own tool makes of settings.
+///
+/// # Errors
+///
+/// If iptables is missing or refuses them.
+pub fn replace(pod: &Pod, flavour: Flavour, mesh: &Mesh) -> Result<()> {
+    for version in Version::BOTH {
+        let rules = format!(
+            "*raw\nCOMMIT\n*mangle\nCOMMIT\n*nat\nCOMMIT\n{}",
+            mesh.chains(version)
+        );
+        restore(pod, flavour, version, &rules)?;
+    }
+    Ok(())
 }
 
 /// Makes the pod's tables those of the text, which replaces what the tables that

@@ -64,9 +64,10 @@ impl Kind {
     }
 
     /// The command line after the program; `directory` has the configuration.
-    fn arguments(self, directory: &Path) -> Result<Vec<String>> {
+    fn arguments(self, directory: &Path, features: Features) -> Result<Vec<String>> {
         let configuration = |name: &str, text: &str| -> Result<String> {
             let path = directory.join(name);
+            let text = features.enable(text);
             fs::write(&path, text).with_context(|| format!("write {}", path.display()))?;
             fs::set_permissions(&path, fs::Permissions::from_mode(0o644))?;
             Ok(path.display().to_string())
@@ -91,6 +92,52 @@ impl Kind {
     }
 }
 
+/// What a proxy does beyond a sidecar's work under REDIRECT. The embedded one has
+/// none of it.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Features {
+    /// Its inbound listeners have `IP_TRANSPARENT`, as TPROXY needs it. It runs as
+    /// root of group 1337 then, as the mesh's does.
+    pub transparent: bool,
+    /// It connects to the application from its client's address, with the mark 1337.
+    /// HAProxy can't mark those connections.
+    pub clients_address: bool,
+    /// One listener on `::` for both families, where the proxy knows what an IPv4
+    /// client on it meant. HAProxy doesn't.
+    pub dual_stack: bool,
+    /// It listens on the port of DNS. Envoy answers UDP itself, which HAProxy can't;
+    /// both pass TCP on.
+    pub dns: bool,
+}
+
+impl Features {
+    /// The configuration with these features: their lines begin with `#NAME: `.
+    fn enable(self, text: &str) -> String {
+        let mut text = text.to_owned();
+        for (name, enabled) in [
+            ("redirect", !self.transparent),
+            ("transparent", self.transparent),
+            ("clients_address", self.clients_address),
+            ("dual_stack", self.dual_stack),
+            ("separate", !self.dual_stack),
+            ("dns", self.dns),
+        ] {
+            if enabled {
+                text = text.replace(&format!("#{name}: "), "");
+            }
+        }
+        text
+    }
+
+    const fn owner(self) -> Credentials {
+        if self.transparent {
+            Credentials { uid: 0, gid: 1337 }
+        } else {
+            Credentials::PROXY
+        }
+    }
+}
+
 /// A program that isn't the workspace's: what the environment variable says,
 /// or on `PATH`, or in `tools` beside a build's files.
 fn find(name: &str, variable: &str) -> Option<PathBuf> {
@@ -108,7 +155,7 @@ fn find(name: &str, variable: &str) -> Option<PathBuf> {
 /// What a proxy's log says of a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Logged {
-    /// The proxy's port that took the connection: 15001 or 15006.
+    /// The proxy's port that took the connection: 15001, 15006 or 15053.
     pub port: u16,
     /// The client's address.
     pub client: SocketAddr,
@@ -124,6 +171,7 @@ impl Logged {
         let port = match words.next()? {
             "outbound" => 15001,
             "inbound" => 15006,
+            "dns" => 15053,
             _ => return None,
         };
         let mut address = |key| words.next()?.strip_prefix(key)?.parse().ok();
@@ -153,6 +201,16 @@ impl Proxy {
     ///
     /// If it isn't there or doesn't listen; the error holds what it printed.
     pub fn start(pod: &Pod, kind: Kind) -> Result<Self> {
+        Self::start_with(pod, kind, Features::default())
+    }
+
+    /// The same, with features.
+    ///
+    /// # Errors
+    ///
+    /// As those of [`Proxy::start`].
+    pub fn start_with(pod: &Pod, kind: Kind, features: Features) -> Result<Self> {
+        let owner = features.owner();
         // What another user may read: root's home is closed.
         let directory = tempfile::tempdir().context("make a temporary directory")?;
         fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755))?;
@@ -167,13 +225,13 @@ impl Proxy {
         // Envoy opens its standard output again by name.
         fchown(
             &writer,
-            Some(Uid::from_raw(Credentials::PROXY.uid)),
-            Some(Gid::from_raw(Credentials::PROXY.gid)),
+            Some(Uid::from_raw(owner.uid)),
+            Some(Gid::from_raw(owner.gid)),
         )
         .context("give the pipe to the proxy")?;
-        let mut command: Command = pod.command(Host::Pod, Credentials::PROXY, &program)?;
+        let mut command: Command = pod.command(Host::Pod, owner, &program)?;
         let child = command
-            .args(kind.arguments(directory.path())?)
+            .args(kind.arguments(directory.path(), features)?)
             .stdin(std::process::Stdio::null())
             .stdout(writer.try_clone().context("share the pipe")?)
             .stderr(writer)
@@ -192,7 +250,7 @@ impl Proxy {
             _directory: directory,
         };
         proxy
-            .wait_until_it_listens(kind)
+            .wait_until_it_listens(kind, features)
             .with_context(|| format!("{kind:?} printed:\n{}", proxy.output().join("\n")))?;
         Ok(proxy)
     }
@@ -232,8 +290,10 @@ impl Proxy {
         f(&mut self.lines.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    fn wait_until_it_listens(&mut self, kind: Kind) -> Result<()> {
-        let tables: &[&str] = if kind.families().contains(&Family::V6) {
+    fn wait_until_it_listens(&mut self, kind: Kind, features: Features) -> Result<()> {
+        let tables: &[&str] = if features.dual_stack {
+            &["tcp6"]
+        } else if kind.families().contains(&Family::V6) {
             &["tcp", "tcp6"]
         } else {
             &["tcp"]

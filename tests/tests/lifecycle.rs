@@ -108,6 +108,97 @@ fn only_the_pods_own_programs_use_its_maps() -> Result<()> {
     )
 }
 
+/// The routing rules, the routes of TPROXY's table and the kernel's settings that
+/// TPROXY needs.
+fn tproxys_part(pod: &Pod) -> Result<Vec<String>> {
+    let netns = pod.netns();
+    let mut part = vec![netns.ip("-4 rule show")?, netns.ip("-6 rule show")?];
+    let all = [
+        netns.ip("-4 route show table all")?,
+        netns.ip("-6 route show table all")?,
+    ];
+    part.extend(
+        all.iter()
+            .flat_map(|routes| routes.lines())
+            .filter(|route| route.contains("table 133") || route.contains("table 134"))
+            .map(str::to_owned),
+    );
+    for name in [
+        "ipv4/tcp_fwmark_accept",
+        "ipv4/fwmark_reflect",
+        "ipv6/fwmark_reflect",
+    ] {
+        part.push(netns.enter(|| Ok(fs::read_to_string(format!("/proc/sys/net/{name}"))?))?);
+    }
+    Ok(part)
+}
+
+#[test]
+fn what_tproxy_needs_comes_and_goes() -> Result<()> {
+    let (pod, cli) = (Pod::new()?, Cli::new()?);
+    let before = tproxys_part(&pod)?;
+    let attach = |mode: &str| run(cli.attach_command(&pod)?.arg(mode)).map(drop);
+    let set = |mode: &str| run(cli.command()?.args(["set", pod.name(), mode])).map(drop);
+    attach("--mode=TPROXY")?;
+    let with = tproxys_part(&pod)?;
+    ensure!(
+        with.iter()
+            .filter(|text| text.contains("fwmark 0x539 lookup 133"))
+            .count()
+            == 2,
+        "{with:?}"
+    );
+    ensure!(
+        with.iter()
+            .filter(|text| text.contains("local default dev lo table 133"))
+            .count()
+            == 2,
+        "{with:?}"
+    );
+    ensure!(with[with.len() - 3..] == ["1\n"; 3], "{with:?}");
+    set("--mode=REDIRECT")?;
+    ensure!(tproxys_part(&pod)? == before, "REDIRECT has it");
+    set("--mode=TPROXY")?;
+    ensure!(tproxys_part(&pod)? == with, "TPROXY hasn't it");
+    // What was lost meanwhile comes back.
+    pod.netns().ip("rule del fwmark 1337 lookup 133")?;
+    attach("--mode=TPROXY")?;
+    ensure!(
+        tproxys_part(&pod)? == with,
+        "attached again, and without it"
+    );
+    cli.detach(pod.name())?;
+    ensure!(tproxys_part(&pod)? == before, "it stays behind");
+
+    attach("--mode=REDIRECT")?;
+    set("--mode=TPROXY")?;
+    ensure!(tproxys_part(&pod)? == with, "TPROXY hasn't it");
+    cli.detach(pod.name())?;
+    ensure!(tproxys_part(&pod)? == before, "it stays behind");
+    Ok(())
+}
+
+#[test]
+fn what_tproxy_needs_stays_if_it_was_there_before() -> Result<()> {
+    let (pod, cli) = (Pod::new()?, Cli::new()?);
+    let netns = pod.netns();
+    for family in ["-4", "-6"] {
+        netns.ip(&format!("{family} rule add fwmark 1337 lookup 133"))?;
+        netns.ip(&format!(
+            "{family} route add local default dev lo table 133"
+        ))?;
+    }
+    netns.sysctl("ipv4/tcp_fwmark_accept", "1")?;
+    netns.sysctl("ipv4/fwmark_reflect", "1")?;
+    netns.sysctl("ipv6/fwmark_reflect", "1")?;
+    let before = tproxys_part(&pod)?;
+    run(cli.attach_command(&pod)?.arg("--mode=TPROXY"))?;
+    ensure!(tproxys_part(&pod)? == before, "attaching changed it");
+    cli.detach(pod.name())?;
+    ensure!(tproxys_part(&pod)? == before, "detaching changed it");
+    Ok(())
+}
+
 #[test]
 fn an_address_that_was_there_before_stays() -> Result<()> {
     let (pod, cli) = (Pod::new()?, Cli::new()?);

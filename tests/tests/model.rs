@@ -222,6 +222,7 @@ fn policy_output(compiled: &Compiled, packet: &Packet<'_>) -> Decision {
             uid,
             gid,
         }),
+        mark: 0,
     };
     normal(chains::output(
         &compiled.settings,

@@ -25,7 +25,7 @@ use interceptor_tests::{
     cases::{Case, Observed, Row, as_interceptor_may},
     cli::Cli,
     command::run,
-    iptables::{Flavour, Version, restore, save_all},
+    iptables::{Flavour, Version, prepare, replace, restore, save_all},
     mesh::{Dns, Mesh, Mode, random, strings},
     pod::{Credentials, Host, PEER_V4, PEER_V6, POD_V4, POD_V6, Pod},
 };
@@ -40,7 +40,7 @@ type Difference = (&'static str, &'static str, fn() -> Result<()>);
 
 /// What differs from the mesh's chains by design: what, why, and the test that
 /// shows it.
-const DIFFERENCES: [Difference; 5] = [
+const DIFFERENCES: [Difference; 6] = [
     (
         "getsockname() of the proxy's socket",
         "the packet isn't changed on the way in, and the way out is spread over 256 addresses",
@@ -56,6 +56,12 @@ const DIFFERENCES: [Difference; 5] = [
         "without conntrack no packet is invalid; a stray one is answered with a reset, as \
          everywhere",
         nothing_is_invalid,
+    ),
+    (
+        "under TPROXY, what the proxy connects from its client's address to 127.0.0.1",
+        "it works; under the chains the answers are lost, because the kernel routes none anew \
+         that comes from 127.0.0.1",
+        from_elsewhere_to_localhost,
     ),
     (
         "virtual interfaces (-k)",
@@ -179,6 +185,7 @@ impl Side {
         };
         let outcome = agent.connect(Connect {
             bind: connection.bind.map(|address| SocketAddr::new(address, 0)),
+            mark: connection.mark,
             timeout: match connection.means {
                 Means::Tcp => Duration::from_secs(5),
                 Means::Datagram | Means::ConnectedDatagram => Duration::from_millis(300),
@@ -236,6 +243,7 @@ struct Connection {
     from: Host,
     owner: Credentials,
     bind: Option<IpAddr>,
+    mark: Option<u32>,
     to: SocketAddr,
     means: Means,
 }
@@ -246,6 +254,7 @@ impl Connection {
             from: Host::Pod,
             owner: APP,
             bind: None,
+            mark: None,
             to,
             means: Means::Tcp,
         }
@@ -288,22 +297,7 @@ struct Bed {
 impl Bed {
     fn new() -> Result<Self> {
         let iptables = Side::new()?;
-        let netns = iptables.pod.netns();
-        for (name, value) in [
-            ("netfilter/nf_conntrack_tcp_timeout_time_wait", "1"),
-            ("netfilter/nf_conntrack_udp_timeout", "1"),
-            ("netfilter/nf_conntrack_udp_timeout_stream", "1"),
-        ] {
-            netns.sysctl(name, value)?;
-        }
-        netns.ip("-6 addr add ::6/128 dev lo")?;
-        // What the mesh's tool adds for TPROXY, and leaves when it cleans up.
-        for family in ["-4", "-6"] {
-            netns.ip(&format!("{family} rule add fwmark 1337 lookup 133"))?;
-            netns.ip(&format!(
-                "{family} route add local default dev lo table 133"
-            ))?;
-        }
+        prepare(&iptables.pod)?;
         Ok(Self {
             iptables,
             interceptor: Side::new()?,
@@ -317,14 +311,8 @@ impl Bed {
     /// Gives both sides these settings: the first time Interceptor attaches with
     /// them, later it changes to them.
     fn install(&mut self, mesh: &Mesh) -> Result<()> {
-        for version in Version::BOTH {
-            let rules = format!(
-                "*raw\nCOMMIT\n*mangle\nCOMMIT\n*nat\nCOMMIT\n{}",
-                mesh.chains(version)
-            );
-            // nft's can't flush and fill a table in one text.
-            restore(&self.iptables.pod, Flavour::Legacy, version, &rules)?;
-        }
+        // nft's can't flush and fill a table in one text.
+        replace(&self.iptables.pod, Flavour::Legacy, mesh)?;
         let mut command = if self.attached {
             let mut command = self.cli.command()?;
             command.args(["set", self.interceptor.pod.name()]);
@@ -831,6 +819,114 @@ fn nothing_is_renumbered() -> Result<()> {
     Ok(())
 }
 
+/// What the mesh's proxy is under TPROXY: it needs root's rights, and the chains
+/// know it by its group.
+const TPROXYS: Credentials = Credentials { uid: 0, gid: 1337 };
+
+/// The mark of TPROXY.
+const MARK: u32 = 1337;
+
+/// What the proxy connects to its own pod from its client's address reaches the
+/// application, and the answers, also a refusal, come back.
+#[test]
+fn under_tproxy_the_proxy_connects_from_its_clients_address() -> Result<()> {
+    let mut bed = Bed::new()?;
+    let mesh = Mesh {
+        mode: Mode::Tproxy,
+        ..Mesh::injected()
+    };
+    let of = |from, to: IpAddr, port| Connection {
+        owner: TPROXYS,
+        bind: Some(from),
+        mark: Some(MARK),
+        ..Connection::from_app(SocketAddr::new(to, port))
+    };
+    let clients = [
+        (PEER_V4, POD_V4),
+        (PEER_V6, POD_V6),
+        (PEER_ETH1_V4, POD_V4),
+        ("10.78.1.1".parse()?, POD_ETH1_V4),
+        ("fd00:78::1".parse()?, POD_ETH1_V6),
+    ];
+    // Attached with it, and changed to it.
+    for first in [mesh.clone(), Mesh::injected()] {
+        bed.install(&first)?;
+        bed.install(&mesh)?;
+        let ports = BTreeSet::from([8080]);
+        let servers = [
+            bed.iptables.serve(&ports, &mesh)?,
+            bed.interceptor.serve(&ports, &mesh)?,
+        ];
+        let mut compare = |connection: &Connection, served_by: &str| -> Result<()> {
+            let [expected, observed] = [
+                bed.iptables.observe(connection)?,
+                bed.interceptor.observe(connection)?,
+            ];
+            bed.compared += 1;
+            let name = connection.case().name;
+            ensure!(expected.served_by == served_by, "{name}: {expected:?}");
+            bed.differ += usize::from(expected != observed);
+            ensure!(expected == observed, "{name}: {expected:?}\n{observed:?}");
+            Ok(())
+        };
+        for (client, pod) in clients {
+            compare(&of(client, pod, 8080), "APP")?;
+            compare(&of(client, pod, 8081), "REFUSED")?;
+            // One that arrives from the same address is the proxy's still.
+            let arriving = Connection {
+                from: Host::Peer,
+                owner: Credentials::ROOT,
+                bind: Some(client),
+                mark: Some(0),
+                ..Connection::from_app(SocketAddr::new(pod, 8080))
+            };
+            compare(&arriving, "PROXY:15006")?;
+        }
+        compare(&of("::1".parse()?, "::1".parse()?, 8080), "APP")?;
+        drop(servers);
+        bed.detach()?;
+    }
+    // Without the mark nothing leads the answers back.
+    bed.install(&mesh)?;
+    let ports = BTreeSet::from([8080]);
+    let _servers = [
+        bed.iptables.serve(&ports, &mesh)?,
+        bed.interceptor.serve(&ports, &mesh)?,
+    ];
+    let unmarked = Connection {
+        mark: Some(0),
+        ..of("10.78.1.1".parse()?, POD_V4, 8080)
+    };
+    for side in [&bed.iptables, &bed.interceptor] {
+        let observed = side.observe(&unmarked)?;
+        ensure!(observed.served_by == "TIMEOUT", "{observed:?}");
+    }
+    bed.report();
+    Ok(())
+}
+
+fn from_elsewhere_to_localhost() -> Result<()> {
+    let mut bed = Bed::new()?;
+    let mesh = Mesh {
+        mode: Mode::Tproxy,
+        ..Mesh::injected()
+    };
+    bed.install(&mesh)?;
+    let ports = BTreeSet::from([8080]);
+    let connection = Connection {
+        owner: TPROXYS,
+        bind: Some(PEER_V4),
+        mark: Some(MARK),
+        ..Connection::from_app("127.0.0.1:8080".parse()?)
+    };
+    for (side, served_by) in [(&bed.iptables, "TIMEOUT"), (&bed.interceptor, "APP")] {
+        let _servers = side.serve(&ports, &mesh)?;
+        let observed = side.observe(&connection)?;
+        ensure!(observed.served_by == served_by, "{observed:?}");
+    }
+    Ok(())
+}
+
 /// A packet that belongs to no connection: dropped by the chains, answered with a
 /// reset by a pod without conntrack.
 fn nothing_is_invalid() -> Result<()> {
@@ -999,13 +1095,9 @@ fn what_iptables_saves_is_imported() -> Result<()> {
             continue;
         }
         let mut text = String::new();
+        let pod = &bed.iptables.pod;
+        replace(pod, Flavour::Legacy, &mesh)?;
         for version in Version::BOTH {
-            let pod = &bed.iptables.pod;
-            let rules = format!(
-                "*raw\nCOMMIT\n*mangle\nCOMMIT\n*nat\nCOMMIT\n{}",
-                mesh.chains(version)
-            );
-            restore(pod, Flavour::Legacy, version, &rules)?;
             text.push_str(&save_all(pod, Flavour::Legacy, version)?);
         }
         let file = tempfile::NamedTempFile::new()?;

@@ -41,13 +41,14 @@ const GUESTS: usize = 2;
 const LIMIT: Duration = Duration::from_secs(1200);
 
 /// Suites that no guest runs, and why.
-const NOT_IN_GUESTS: [(&str, &str); 3] = [
+const NOT_IN_GUESTS: [(&str, &str); 4] = [
     ("demo", "its cases are those of the suite cases"),
     ("load", "it measures, and an emulated machine has no speed"),
     (
         "parity",
         "it makes thousands of connections, and an emulated machine is slow",
     ),
+    ("proxies", "Envoy and HAProxy are too big for a guest"),
 ];
 
 /// Parts of the names of tests that no guest runs: their proxies are too big,

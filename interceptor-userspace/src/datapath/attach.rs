@@ -17,12 +17,13 @@ use interceptor_common::{
 };
 
 use super::{
+    additions::{self, Additions},
     bpf::{self, Link},
     object::{DNS_LINKS, Hook, LINKS, LogLevel, MAPS, Maps, Object, all_hooks},
     pins::{self, Pins, Staging, link_pin},
     plain::Plain,
     policy::{self, Change},
-    routes::{self, Additions, Routes},
+    routes::{self, Routes, Tproxy},
     view::Opened,
 };
 use crate::{
@@ -82,8 +83,7 @@ pub fn attach(pins: &Pins, request: &Request<'_>) -> Result<Attached> {
 
     let settings = request.settings;
     let place = policy::place(settings, request.netns)?;
-    // Also where IPv6 has no chains yet: they may come with a change.
-    let missing = Additions::missing_in(request.netns)?;
+    let missing = additions::missing(request.netns, settings)?;
     let hooks = || {
         let dns = settings.dns.is_on().then_some(&DNS_LINKS);
         LINKS.iter().chain(dns.into_iter().flatten())
@@ -107,13 +107,13 @@ pub fn attach(pins: &Pins, request: &Request<'_>) -> Result<Attached> {
         })?;
     }
     policy::write_first(&mut object, &pins.attaching(request.pod), settings, &place)?;
-    let added = Added::to(request.netns, missing)?;
-    if added.additions != missing {
-        write_attachment(&mut object, request, added.additions)?;
+    let additions = Additions::add(request.netns, settings, missing)?;
+    if additions.bits() != missing {
+        write_attachment(&mut object, request, additions.bits())?;
     }
     write_routes(
         &mut object.map_mut("ROUTES")?,
-        &routes::read(request.netns)?,
+        &routes::read(request.netns, Tproxy::of(settings))?,
     )?;
 
     // Pinned when all are attached: until then a kill detaches them all.
@@ -133,7 +133,7 @@ pub fn attach(pins: &Pins, request: &Request<'_>) -> Result<Attached> {
             .map_err(Error::system(format!("pinning {}", path.display())))?;
     }
     staging.keep_as(&directory)?;
-    added.keep();
+    additions.keep();
     Ok(Attached::Newly)
 }
 
@@ -190,12 +190,13 @@ fn take_apart(pod: &PodName, directory: &Path) -> Result<()> {
         }
     }
     if let Some(opened) = opened
+        && opened.attachment.added != 0
         && let Some(netns) = Netns::find(NetnsId {
             device: opened.attachment.netns_device,
             inode: opened.attachment.netns_inode,
         })
     {
-        additions(&opened.attachment).remove_from(&netns)?;
+        additions::remove(&netns, &opened.settings, opened.attachment.added)?;
     }
     pins::remove(directory)
 }
@@ -205,7 +206,7 @@ fn take_apart(pod: &PodName, directory: &Path) -> Result<()> {
 fn attach_again(request: &Request<'_>, directory: &Path) -> Result<Attached> {
     let opened = Opened::open(request.pod, directory)?;
     opened.check()?;
-    let wanted = attachment(request, additions(&opened.attachment));
+    let wanted = attachment(request, opened.attachment.added);
     let differs = if opened.attachment.layout != wanted.layout {
         Some("version of Interceptor")
     } else if opened.attachment.cgroup_id != wanted.cgroup_id {
@@ -229,7 +230,7 @@ fn attach_again(request: &Request<'_>, directory: &Path) -> Result<Attached> {
             what,
         });
     }
-    let routes = routes::read(request.netns)?;
+    let routes = routes::read(request.netns, Tproxy::of(request.settings))?;
     let mut map: RoutesMap<MapData> = opened.map("ROUTES")?;
     write_routes(&mut map, &routes)?;
     let listeners = opened.open_map("LISTENERS")?;
@@ -341,11 +342,11 @@ where
     Ok(())
 }
 
-fn attachment(request: &Request<'_>, added: Additions) -> Attachment {
+fn attachment(request: &Request<'_>, added: u32) -> Attachment {
     let netns = request.netns.id();
     Attachment {
         layout: LAYOUT,
-        passthrough_v6_added: u32::from(added.passthrough),
+        added,
         netns_device: netns.device,
         netns_inode: netns.inode,
         cgroup_id: request.cgroup.id(),
@@ -353,15 +354,7 @@ fn attachment(request: &Request<'_>, added: Additions) -> Attachment {
     }
 }
 
-/// What attaching may have added to the pod's network namespace.
-fn additions(attachment: &Attachment) -> Additions {
-    Additions {
-        passthrough: attachment.passthrough_v6_added != 0,
-        proxy_route: true,
-    }
-}
-
-fn write_attachment(object: &mut Object, request: &Request<'_>, added: Additions) -> Result<()> {
+fn write_attachment(object: &mut Object, request: &Request<'_>, added: u32) -> Result<()> {
     let mut attachments: Array<_, Plain<Attachment>> = object.map_mut("ATTACHMENT")?;
     attachments
         .set(0, Plain(attachment(request, added)), 0)
@@ -433,35 +426,5 @@ fn refuse_host(request: &Request<'_>) -> Result<()> {
         })
     } else {
         Ok(())
-    }
-}
-
-/// What was added to a pod's network namespace, removed unless it is kept.
-struct Added<'a> {
-    netns: &'a Netns,
-    additions: Additions,
-    kept: bool,
-}
-
-impl<'a> Added<'a> {
-    fn to(netns: &'a Netns, missing: Additions) -> Result<Self> {
-        Ok(Self {
-            netns,
-            additions: missing.add_to(netns)?,
-            kept: false,
-        })
-    }
-
-    fn keep(mut self) {
-        self.kept = true;
-    }
-}
-
-impl Drop for Added<'_> {
-    fn drop(&mut self) {
-        if !self.kept {
-            // The error that brought us here is the one to report.
-            let _: Result<()> = self.additions.remove_from(self.netns);
-        }
     }
 }

@@ -320,16 +320,27 @@ fn element(map: BorrowedFd<'_>, key: &u32, value: usize) -> bpf_attr {
     attr
 }
 
-/// Pins a map with `text` as its only value at `path`: what people wrote, which
-/// no program reads.
-pub(crate) fn pin_text(text: &str, path: &Path) -> io::Result<()> {
-    let value_size = u32::try_from(text.len()).map_err(io::Error::other)?;
+/// Makes an array of one element, of `value_size` bytes or of maps like `of`
+/// (`BPF_MAP_CREATE`).
+fn new_array(value_size: u32, of: Option<BorrowedFd<'_>>) -> io::Result<OwnedFd> {
+    let map_type = if of.is_some() {
+        bpf_map_type::BPF_MAP_TYPE_ARRAY_OF_MAPS
+    } else {
+        bpf_map_type::BPF_MAP_TYPE_ARRAY
+    };
     let mut attr = zeroed_attr();
-    attr.__bindgen_anon_1.map_type = bpf_map_type::BPF_MAP_TYPE_ARRAY as u32;
+    attr.__bindgen_anon_1.map_type = map_type as u32;
     attr.__bindgen_anon_1.key_size = 4;
     attr.__bindgen_anon_1.value_size = value_size;
     attr.__bindgen_anon_1.max_entries = 1;
-    let map = bpf_fd(bpf_cmd::BPF_MAP_CREATE, &mut attr)?;
+    attr.__bindgen_anon_1.inner_map_fd = of.map_or(0, fd_number);
+    bpf_fd(bpf_cmd::BPF_MAP_CREATE, &mut attr)
+}
+
+/// Pins a map with `text` as its only value at `path`: what people wrote, which
+/// no program reads.
+pub(crate) fn pin_text(text: &str, path: &Path) -> io::Result<()> {
+    let map = new_array(u32::try_from(text.len()).map_err(io::Error::other)?, None)?;
     write_first(map.as_fd(), text.as_bytes())?;
     pin(map.as_fd(), path)
 }
@@ -353,13 +364,12 @@ pub(crate) fn pinned_text(path: &Path) -> io::Result<String> {
 
 /// Waits until no program that runs now is still running.
 ///
-/// `membarrier(MEMBARRIER_CMD_GLOBAL)` waits for a grace period of RCU, under
-/// which the kernel runs every program that is attached here (Linux 4.3).
+/// The kernel itself waits so, for a grace period of RCU, when user space has
+/// changed an element of a map of maps (`maybe_wait_bpf_programs`, Linux 4.20);
+/// under RCU it runs every program that is attached here. membarrier(2) would do,
+/// too, but not on a kernel with `nohz_full` processors.
 pub(crate) fn wait_for_programs() -> io::Result<()> {
-    const GLOBAL: libc::c_int = 1;
-    // SAFETY: takes numbers only.
-    match unsafe { libc::syscall(libc::SYS_membarrier, GLOBAL, 0, 0) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
+    let inner = new_array(4, None)?;
+    let outer = new_array(4, Some(inner.as_fd()))?;
+    write_first(outer.as_fd(), &fd_number(inner.as_fd()).to_ne_bytes())
 }

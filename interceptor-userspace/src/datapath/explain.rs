@@ -112,6 +112,7 @@ pub fn explain(pins: &Pins, pod: &PodName, question: &Question) -> Result<Explan
             uid: question.uid,
             gid: question.gid,
         },
+        mark: 0,
     };
     let enters = facts.enter_chains();
     let decision = if enters {

@@ -16,9 +16,11 @@ use interceptor_common::{
     chains::Chain,
     config::{self, GENERATIONS, PrefixKey},
     counters::{MAX_COUNTERS, rule_index},
+    pod::Attachment,
 };
 
 use super::{
+    additions::{self, Additions},
     attach::{attach_dns, need_root},
     bpf,
     kernel_types::Offsets,
@@ -31,7 +33,7 @@ use super::{
 use crate::{
     Error, Result,
     pod::{PodName, netns::Netns, user_namespace},
-    settings::{Compiled, Family, Place, PrefixTable, Settings},
+    settings::{Compiled, Family, Mode, Place, PrefixTable, Settings},
 };
 
 /// How many more rules than it has a pod's `ISTIO_OUTPUT` can get and have them
@@ -196,6 +198,19 @@ pub(crate) fn change_to(opened: &Opened, settings: &Settings) -> Result<Change> 
             ));
         }
     }
+    if (old.mode, settings.mode) == (Mode::Tproxy, Mode::Tproxy)
+        && (old.tproxy_mark, old.tproxy_table) != (settings.tproxy_mark, settings.tproxy_table)
+    {
+        return Err(Error::setting(
+            "mode",
+            "TPROXY",
+            format!(
+                "has mark {} and table {}, which can't be changed to {} and {} while the pod is \
+                 attached: detach it first",
+                old.tproxy_mark, old.tproxy_table, settings.tproxy_mark, settings.tproxy_table
+            ),
+        ));
+    }
     let netns = opened.netns()?;
     let place = place(settings, &netns)?;
     let next = (generation(opened)? + 1) % GENERATIONS;
@@ -207,8 +222,13 @@ pub(crate) fn change_to(opened: &Opened, settings: &Settings) -> Result<Change> 
         generation: opened.compiled.generation,
         ..compiled
     };
+    // Remembered first: what a kill leaves is taken back with the pod.
+    let missing = additions::missing_for_tproxy(&netns, settings)?;
+    write_added(opened, opened.attachment.added | missing)?;
+    let additions = Additions::add(&netns, settings, missing)?;
     // Interfaces may have come and gone.
     if settings == old && opened.compiled == same && place.interfaces.is_empty() {
+        additions.keep();
         return Ok(Change::None);
     }
     if settings.dns.is_on() {
@@ -225,5 +245,20 @@ pub(crate) fn change_to(opened: &Opened, settings: &Settings) -> Result<Change> 
     let mut map: Array<MapData, u32> = opened.map("GENERATION")?;
     map.set(0, next, 0)
         .map_err(Error::map("writing", "GENERATION"))?;
+    additions.keep();
+    let needless = additions::needless(settings, opened.attachment.added);
+    additions::remove(&netns, old, needless)?;
+    write_added(opened, (opened.attachment.added | missing) & !needless)?;
     Ok(Change::Made)
+}
+
+/// Remembers what was added to the network namespace.
+fn write_added(opened: &Opened, added: u32) -> Result<()> {
+    let attachment = Attachment {
+        added,
+        ..opened.attachment
+    };
+    let mut map: Array<MapData, Plain<Attachment>> = opened.map("ATTACHMENT")?;
+    map.set(0, Plain(attachment), 0)
+        .map_err(Error::map("writing", "ATTACHMENT"))
 }

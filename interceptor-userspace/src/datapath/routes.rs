@@ -25,18 +25,23 @@ use rtnetlink::{
         AddressFamily,
         address::AddressAttribute,
         link::LinkAttribute,
-        route::{RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteType},
-        rule::{RuleAction, RuleAttribute},
+        route::{RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType},
+        rule::{RuleAction, RuleAttribute, RuleMessage},
     },
 };
 
-use crate::{Error, Result, pod::netns::Netns, settings::Family};
+use crate::{
+    Error, Result,
+    pod::netns::Netns,
+    settings::{Family, Mode, Settings},
+};
 
 /// The routes of a pod, by prefix.
 pub(crate) type Routes = BTreeMap<IpNet, Route>;
 
-/// Reads the routes of `netns`.
-pub(crate) fn read(netns: &Netns) -> Result<Routes> {
+/// Reads the routes of `netns`. The routing rule of `tproxy` leads only the proxy's
+/// own connections elsewhere.
+pub(crate) fn read(netns: &Netns, tproxy: Option<Tproxy>) -> Result<Routes> {
     with_netlink(netns, async |handle| {
         let mut prefixes: BTreeMap<IpNet, Candidate> = BTreeMap::new();
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
@@ -73,7 +78,7 @@ pub(crate) fn read(netns: &Netns) -> Result<Routes> {
                 most: MAX_ROUTES,
             });
         }
-        if routes_by_rule(handle).await? {
+        if routes_by_rule(handle, tproxy).await? {
             // Which table a connection's route is in can't be told here: none
             // is taken to be unreachable.
             prefixes.retain(|_, candidate| candidate.kind != RouteKind::Unreachable);
@@ -143,11 +148,13 @@ impl Candidate {
 }
 
 /// Whether rules choose between tables by more than their order: any rule but
-/// the kernel's own three.
-async fn routes_by_rule(handle: &Handle) -> Result<bool> {
+/// the kernel's own three and that of `tproxy`.
+async fn routes_by_rule(handle: &Handle, tproxy: Option<Tproxy>) -> Result<bool> {
     for version in [IpVersion::V4, IpVersion::V6] {
-        let mut rules = Box::pin(handle.rule().get(version).execute());
-        while let Some(rule) = rules.try_next().await.map_err(failed("reading rules"))? {
+        for rule in rules(handle, version).await? {
+            if tproxy.is_some_and(|tproxy| tproxy.is_rule(&rule)) {
+                continue;
+            }
             let standard = rule.header.action == RuleAction::ToTable
                 && order_of_table(u32::from(rule.header.table)).is_some()
                 && rule.header.src_len == 0
@@ -168,6 +175,11 @@ async fn routes_by_rule(handle: &Handle) -> Result<bool> {
     Ok(false)
 }
 
+async fn rules(handle: &Handle, version: IpVersion) -> Result<Vec<RuleMessage>> {
+    let request = handle.rule().get(version).execute();
+    request.try_collect().await.map_err(failed("reading rules"))
+}
+
 /// A table's place in the order in which the kernel's own rules ask it.
 fn order_of_table(table: u32) -> Option<u8> {
     [
@@ -181,123 +193,117 @@ fn order_of_table(table: u32) -> Option<u8> {
     .map(|(_, order)| order)
 }
 
-/// What a pod's network namespace gets for IPv6 while the pod is attached.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Additions {
-    /// The passthrough address on `lo`, as the mesh's own tool adds it: the proxy
-    /// can't bind to it otherwise.
-    pub(crate) passthrough: bool,
-    /// The route that makes the proxy's addresses the pod's own. It is known by its
-    /// protocol.
-    pub(crate) proxy_route: bool,
+/// Whether `lo` has the IPv6 passthrough address.
+pub(crate) fn has_passthrough(netns: &Netns, address: Ipv6Addr) -> Result<bool> {
+    with_netlink(netns, async |handle| {
+        let request = handle
+            .address()
+            .get()
+            .set_link_index_filter(LOOPBACK)
+            .set_address_filter(address.into());
+        let mut answers = Box::pin(request.execute());
+        answers
+            .try_next()
+            .await
+            .map(|answer| answer.is_some())
+            .map_err(failed("reading addresses"))
+    })
 }
 
-impl Additions {
-    /// Those that `netns` doesn't have.
-    pub(crate) fn missing_in(netns: &Netns) -> Result<Self> {
-        with_netlink(netns, async |handle| {
-            let request = handle
-                .address()
-                .get()
-                .set_link_index_filter(LOOPBACK)
-                .set_address_filter(passthrough().into());
-            let mut answers = Box::pin(request.execute());
-            let answer = answers
-                .try_next()
-                .await
-                .map_err(failed("reading addresses"))?;
-            Ok(Self {
-                passthrough: answer.is_none(),
-                proxy_route: !is_local(handle, PROXY_NETWORK_V6).await,
-            })
-        })
-    }
-
-    /// Adds these to `netns`, and returns which of them were added: those that are
-    /// there are left alone, and none is added to a namespace without IPv6.
-    pub(crate) fn add_to(self, netns: &Netns) -> Result<Self> {
-        with_netlink(netns, async |handle| {
-            Ok(Self {
-                passthrough: self.passthrough && add_passthrough(handle).await?,
-                proxy_route: self.proxy_route && add_proxy_route(handle).await?,
-            })
-        })
-    }
-
-    /// Removes these from `netns`, but for the proxy's route while connections need
-    /// it: it then stays until the pod is attached and detached once more, or gone.
-    pub(crate) fn remove_from(self, netns: &Netns) -> Result<()> {
-        with_netlink(netns, async |handle| {
-            if self.passthrough {
-                let address = AddressMessageBuilder::<Ipv6Addr>::new()
-                    .index(LOOPBACK)
-                    .address(passthrough(), 128)
-                    .build();
-                let result = handle.address().del(address).execute().await;
-                let operation = format!("removing {} from lo", passthrough());
-                unless(result, &[libc::EADDRNOTAVAIL], &operation)?;
+/// Adds the IPv6 passthrough address to `lo`, as the mesh's own tool does: the
+/// proxy can't bind to it otherwise. False if it was there, or if the
+/// namespace has no IPv6.
+pub(crate) fn add_passthrough(netns: &Netns, address: Ipv6Addr) -> Result<bool> {
+    with_netlink(netns, async |handle| {
+        let request = handle.address().add(LOOPBACK, address.into(), 128);
+        match request.execute().await {
+            Ok(()) => {
+                // The kernel enters it into its local table a little later.
+                for _ in 0..1000 {
+                    let route = ask_route(handle, address.into()).await;
+                    if route.is_some_and(|route| route.header.kind == RouteType::Local) {
+                        break;
+                    }
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+                Ok(true)
             }
-            if self.proxy_route && !proxy_addresses_in_use()? {
-                let result = handle.route().del(proxy_route().build()).execute().await;
-                let operation = "removing the route of the proxy's IPv6 addresses";
-                unless(result, &[libc::ESRCH], operation)?;
+            Err(error)
+                if is_errno(
+                    &error,
+                    &[libc::EEXIST, libc::EACCES, libc::EOPNOTSUPP, libc::EPERM],
+                ) =>
+            {
+                Ok(false)
             }
-            Ok(())
-        })
-    }
-}
-
-fn passthrough() -> Ipv6Addr {
-    match Family::V6.passthrough() {
-        IpAddr::V6(address) => address,
-        IpAddr::V4(_) => unreachable!("of the family"),
-    }
-}
-
-/// What the kernel says where there is no IPv6.
-const NO_IPV6: [i32; 3] = [libc::EACCES, libc::EOPNOTSUPP, libc::EPERM];
-
-/// False if it was there, or if there is no IPv6.
-async fn add_passthrough(handle: &Handle) -> Result<bool> {
-    let address = passthrough();
-    let result = handle
-        .address()
-        .add(LOOPBACK, address.into(), 128)
-        .execute()
-        .await;
-    let [a, b, c] = NO_IPV6;
-    let harmless = [libc::EEXIST, a, b, c];
-    if !unless(result, &harmless, &format!("adding {address} to lo"))? {
-        return Ok(false);
-    }
-    // The kernel enters it into its local table a little later.
-    for _ in 0..1000 {
-        if is_local(handle, address).await {
-            break;
+            Err(error) => Err(failed(&format!("adding {address} to lo"))(error)),
         }
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
-    Ok(true)
+    })
 }
 
-/// Connections to the proxy's addresses come from the source address of those that
-/// leave the pod. False if there is none, or if the kernel refuses it (one that it is
-/// still looking for duplicates of).
-async fn add_proxy_route(handle: &Handle) -> Result<bool> {
-    // Of nobody (RFC 3849): where most connections go, by the default route.
-    let elsewhere = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1);
-    let Some(IpAddr::V6(source)) = ask_source(handle, elsewhere.into()).await else {
-        return Ok(false);
-    };
-    let message = proxy_route().pref_source(source).build();
-    let result = handle.route().add(message).execute().await;
-    let [a, b, c] = NO_IPV6;
-    let harmless = [libc::EEXIST, libc::EINVAL, a, b, c];
-    unless(
-        result,
-        &harmless,
-        "adding the route of the proxy's IPv6 addresses",
-    )
+/// Removes what [`add_passthrough`] added.
+pub(crate) fn remove_passthrough(netns: &Netns, address: Ipv6Addr) -> Result<()> {
+    with_netlink(netns, async |handle| {
+        let message = AddressMessageBuilder::<Ipv6Addr>::new()
+            .index(LOOPBACK)
+            .address(address, 128)
+            .build();
+        match handle.address().del(message).execute().await {
+            Err(error) if !is_errno(&error, &[libc::EADDRNOTAVAIL]) => {
+                Err(failed(&format!("removing {address} from lo"))(error))
+            }
+            _ => Ok(()),
+        }
+    })
+}
+
+/// Whether somebody else has made the proxy's IPv6 addresses local.
+pub(crate) fn has_others_proxy_route(netns: &Netns) -> Result<bool> {
+    with_netlink(netns, async |handle| {
+        let route = ask_route(handle, PROXY_NETWORK_V6.into()).await;
+        Ok(route.is_some_and(|route| {
+            route.header.kind == RouteType::Local && route.header.protocol != PROXY_ROUTE_PROTOCOL
+        }))
+    })
+}
+
+/// Adds the route that makes the proxy's IPv6 addresses the pod's own. Connections to
+/// them come from the source address of those that leave the pod. False if there is
+/// none, or if the kernel refuses it (one that it is still looking for duplicates of).
+pub(crate) fn add_proxy_route(netns: &Netns) -> Result<bool> {
+    with_netlink(netns, async |handle| {
+        // Of nobody (RFC 3849): where most connections go, by the default route.
+        let elsewhere = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1);
+        let Some(IpAddr::V6(source)) = ask_source(handle, elsewhere.into()).await else {
+            return Ok(false);
+        };
+        let message = proxy_route().pref_source(source).build();
+        match handle.route().add(message).execute().await {
+            Ok(()) => Ok(true),
+            // Connections have kept it since an earlier attachment.
+            Err(error) if is_errno(&error, &[libc::EEXIST]) => Ok(true),
+            Err(error) if is_errno(&error, &[libc::EINVAL, libc::EACCES, libc::EOPNOTSUPP]) => {
+                Ok(false)
+            }
+            Err(error) => Err(failed("adding the route of the proxy's IPv6 addresses")(
+                error,
+            )),
+        }
+    })
+}
+
+/// Removes what [`add_proxy_route`] added, unless connections need it.
+pub(crate) fn remove_proxy_route(netns: &Netns) -> Result<()> {
+    with_netlink(netns, async |handle| {
+        if proxy_addresses_in_use()? {
+            return Ok(());
+        }
+        let request = handle.route().del(proxy_route().build());
+        removed(
+            request.execute().await,
+            "removing the route of the proxy's IPv6 addresses",
+        )
+    })
 }
 
 fn proxy_route() -> RouteMessageBuilder<Ipv6Addr> {
@@ -330,12 +336,160 @@ fn proxy_addresses_in_use() -> Result<bool> {
     }))
 }
 
-/// Whether a result is a success; false if its error is one of `harmless`.
-fn unless(result: Result<(), rtnetlink::Error>, harmless: &[i32], operation: &str) -> Result<bool> {
+/// By what the answers come back to connections that the proxy makes from its
+/// client's address: the rule `fwmark MARK lookup TABLE` and in that table the
+/// route `local default dev lo`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Tproxy {
+    mark: u32,
+    table: u32,
+}
+
+impl Tproxy {
+    /// Those of the settings; none if they capture nothing by TPROXY.
+    pub(crate) fn of(settings: &Settings) -> Option<Self> {
+        (settings.mode == Mode::Tproxy && settings.captures_inbound()).then_some(Self {
+            mark: settings.tproxy_mark,
+            table: settings.tproxy_table,
+        })
+    }
+
+    fn is_rule(self, rule: &RuleMessage) -> bool {
+        let has = |wanted: &dyn Fn(&RuleAttribute) -> bool| rule.attributes.iter().any(wanted);
+        rule.header.action == RuleAction::ToTable
+            && (rule.header.src_len, rule.header.dst_len) == (0, 0)
+            && has(&|attribute| *attribute == RuleAttribute::FwMark(self.mark))
+            && has(&|attribute| *attribute == RuleAttribute::Table(self.table))
+            && !has(&|attribute| {
+                matches!(
+                    attribute,
+                    RuleAttribute::Iifname(_) | RuleAttribute::Oifname(_)
+                )
+            })
+    }
+
+    fn is_route(self, route: &RouteMessage) -> bool {
+        route.header.kind == RouteType::Local
+            && route.header.destination_prefix_length == 0
+            && route
+                .attributes
+                .contains(&RouteAttribute::Table(self.table))
+    }
+
+    fn rule(self, family: Family) -> RuleMessage {
+        let mut rule = RuleMessage::default();
+        rule.header.family = address_family(family);
+        rule.header.action = RuleAction::ToTable;
+        rule.attributes = vec![
+            RuleAttribute::FwMark(self.mark),
+            RuleAttribute::Table(self.table),
+        ];
+        rule
+    }
+
+    fn route(self, family: Family) -> RouteMessage {
+        let mut route = match family {
+            Family::V4 => RouteMessageBuilder::<Ipv4Addr>::new()
+                .output_interface(LOOPBACK)
+                .table_id(self.table)
+                .kind(RouteType::Local)
+                .scope(RouteScope::Host)
+                .build(),
+            Family::V6 => RouteMessageBuilder::<Ipv6Addr>::new()
+                .output_interface(LOOPBACK)
+                .table_id(self.table)
+                .kind(RouteType::Local)
+                .build(),
+        };
+        route.header.destination_prefix_length = 0;
+        route
+    }
+}
+
+const fn address_family(family: Family) -> AddressFamily {
+    match family {
+        Family::V4 => AddressFamily::Inet,
+        Family::V6 => AddressFamily::Inet6,
+    }
+}
+
+/// Whether there is the rule and the route of `tproxy` in this family.
+pub(crate) fn has_tproxy(netns: &Netns, tproxy: Tproxy, family: Family) -> Result<(bool, bool)> {
+    with_netlink(netns, async |handle| {
+        let version = match family {
+            Family::V4 => IpVersion::V4,
+            Family::V6 => IpVersion::V6,
+        };
+        let rules = rules(handle, version).await?;
+        let mut request = RouteMessage::default();
+        request.header.address_family = address_family(family);
+        let routes: Vec<RouteMessage> = handle
+            .route()
+            .get(request)
+            .execute()
+            .try_collect()
+            .await
+            .map_err(failed("reading routes"))?;
+        Ok((
+            rules.iter().any(|rule| tproxy.is_rule(rule)),
+            routes.iter().any(|route| tproxy.is_route(route)),
+        ))
+    })
+}
+
+/// Adds the rule of `tproxy`; false if the namespace has no such family.
+pub(crate) fn add_rule(netns: &Netns, tproxy: Tproxy, family: Family) -> Result<bool> {
+    with_netlink(netns, async |handle| {
+        let mut request = handle.rule().add();
+        *request.message_mut() = tproxy.rule(family);
+        added(request.execute().await, family, "adding TPROXY's rule")
+    })
+}
+
+/// Adds the route of `tproxy`; false if the namespace has no such family.
+pub(crate) fn add_route(netns: &Netns, tproxy: Tproxy, family: Family) -> Result<bool> {
+    with_netlink(netns, async |handle| {
+        let request = handle.route().add(tproxy.route(family));
+        added(request.execute().await, family, "adding TPROXY's route")
+    })
+}
+
+fn added(
+    result: std::result::Result<(), rtnetlink::Error>,
+    family: Family,
+    operation: &str,
+) -> Result<bool> {
+    const NO_IPV6: [i32; 3] = [libc::EAFNOSUPPORT, libc::EOPNOTSUPP, libc::EACCES];
     match result {
         Ok(()) => Ok(true),
-        Err(error) if is_errno(&error, harmless) => Ok(false),
+        Err(error) if family == Family::V6 && is_errno(&error, &NO_IPV6) => Ok(false),
         Err(error) => Err(failed(operation)(error)),
+    }
+}
+
+/// Removes what [`add_rule`] added.
+pub(crate) fn remove_rule(netns: &Netns, tproxy: Tproxy, family: Family) -> Result<()> {
+    with_netlink(netns, async |handle| {
+        let request = handle.rule().del(tproxy.rule(family));
+        removed(request.execute().await, "removing TPROXY's rule")
+    })
+}
+
+/// Removes what [`add_route`] added.
+pub(crate) fn remove_route(netns: &Netns, tproxy: Tproxy, family: Family) -> Result<()> {
+    with_netlink(netns, async |handle| {
+        let request = handle.route().del(tproxy.route(family));
+        removed(request.execute().await, "removing TPROXY's route")
+    })
+}
+
+/// What isn't there any more needs no removing.
+fn removed(result: std::result::Result<(), rtnetlink::Error>, operation: &str) -> Result<()> {
+    match result {
+        Err(error) if !is_errno(&error, &[libc::ENOENT, libc::ESRCH]) => {
+            Err(failed(operation)(error))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -548,12 +702,6 @@ fn probes(bits: u8) -> impl Iterator<Item = u128> {
         .rev()
         .map(move |bit| (1u128 << bit) | one)
         .chain([one, 0])
-}
-
-/// Whether packets to `address` come back to the namespace.
-async fn is_local(handle: &Handle, address: Ipv6Addr) -> bool {
-    let route = ask_route(handle, address.into()).await;
-    route.is_some_and(|route| route.header.kind == RouteType::Local)
 }
 
 /// The source address that the kernel gives a socket that connects to

@@ -176,7 +176,7 @@ impl Settings {
             .collect()
     }
 
-    fn captures_inbound(&self) -> bool {
+    pub(crate) fn captures_inbound(&self) -> bool {
         self.inbound_ports != Ports::List(Vec::new())
     }
 

@@ -265,6 +265,8 @@ impl Settings {
             inbound_ports: filter(inbound_ports),
             tunnel_rule,
             inbound_all_rule: numbers.0 + established,
+            tproxy_mark: self.tproxy_mark,
+            reserved: 0,
             v4,
             v6,
         };

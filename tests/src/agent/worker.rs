@@ -330,6 +330,10 @@ fn ask(request: &Connect) -> io::Result<Outcome> {
 /// Also asks for the peer's name, at once: a server that closes takes it away.
 fn open_connection(request: &Connect) -> io::Result<(Socket, Result<SocketAddr, String>)> {
     let socket = tcp_socket(request.to)?;
+    if let Some(mark) = request.mark {
+        set_transparent(&socket, request.to)?;
+        socket.set_mark(mark)?;
+    }
     if let Some(address) = request.bind {
         socket.bind(&address.into())?;
     }
