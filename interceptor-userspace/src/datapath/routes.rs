@@ -39,6 +39,9 @@ use crate::{
 /// The routes of a pod, by prefix.
 pub(crate) type Routes = BTreeMap<IpNet, Route>;
 
+/// `fe80::/10` (RFC 4291, section 2.5.6).
+const LINK_LOCAL_V6: Ipv6Net = Ipv6Net::new_assert(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0), 10);
+
 /// Reads the routes of `netns`. The routing rule of `tproxy` leads only the proxy's
 /// own connections elsewhere.
 pub(crate) fn read(netns: &Netns, tproxy: Option<Tproxy>) -> Result<Routes> {
@@ -86,13 +89,15 @@ pub(crate) fn read(netns: &Netns, tproxy: Option<Tproxy>) -> Result<Routes> {
                 prefixes.entry(prefix).or_insert(Candidate::remote());
             }
         }
-        // In the map, IPv4 addresses lie below the prefix of all IPv6 ones.
-        prefixes
-            .entry(Ipv4Net::default().into())
-            .or_insert(Candidate {
+        // In the map, IPv4 addresses lie below the prefix of all IPv6 ones. And no
+        // default route leads to a link-local address: connect() to one needs an
+        // interface, whose route is longer.
+        for prefix in [Ipv4Net::default().into(), LINK_LOCAL_V6.into()] {
+            prefixes.entry(prefix).or_insert(Candidate {
                 kind: RouteKind::Unreachable,
                 ..Candidate::remote()
             });
+        }
         let all: Vec<IpNet> = prefixes.keys().copied().collect();
         let mut routes = Routes::new();
         for (prefix, candidate) in prefixes {

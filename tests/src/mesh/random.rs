@@ -10,8 +10,9 @@ use super::{Dns, Mesh, Mode, strings};
 use crate::pod::{Credentials, PEER_V4, PEER_V6};
 
 /// The CIDRs that random settings name. The peer has every address of
-/// `10.78.0.0/15` and `fd00:78::/31`.
-const CIDRS: [&str; 16] = [
+/// `10.78.0.0/15` and `fd00:78::/31`. None has the multicast groups beside it to
+/// which every host belongs: whose answer comes first is chance.
+const CIDRS: [&str; 23] = [
     "10.78.0.0/16",
     "10.78.4.0/22",
     "10.78.4.128/25",
@@ -21,6 +22,13 @@ const CIDRS: [&str; 16] = [
     "10.0.0.0/8",
     "0.0.0.0/0",
     "127.0.0.0/8",
+    "10.77.0.255/32",
+    "169.254.0.0/16",
+    "224.0.0.251/32",
+    "240.0.0.0/4",
+    "255.255.255.255/32",
+    "fe80::/10",
+    "ff02::fb/128",
     "fd00:78::/32",
     "fd00:78:4::/47",
     "fd00:78:4::/49",
@@ -47,12 +55,20 @@ const PORTS: [&str; 9] = [
 const IDS: [u32; 5] = [1337, 3, 4, 0, 2000];
 
 /// DNS servers that random settings name.
-const SERVERS: [&str; 5] = [
+const SERVERS: [&str; 13] = [
     "10.77.0.1",
     "10.78.0.53",
     "127.0.0.53",
+    "127.0.0.1",
+    "0.0.0.0",
+    "10.77.0.255",
+    "224.0.0.251",
+    "255.255.255.255",
     "fd00:77::1",
     "fd00:78::53",
+    "::1",
+    "::",
+    "ff02::fb",
 ];
 
 fn list(pool: &'static [&'static str], most: usize) -> impl Strategy<Value = Vec<String>> {
