@@ -41,7 +41,7 @@ type Difference = (&'static str, &'static str, fn() -> Result<()>);
 
 /// What differs from the mesh's chains by design: what, why, and the test that
 /// shows it.
-const DIFFERENCES: [Difference; 6] = [
+const DIFFERENCES: [Difference; 7] = [
     (
         "getsockname() of the proxy's socket",
         "the packet isn't changed on the way in, and the way out is spread over 256 addresses",
@@ -63,6 +63,12 @@ const DIFFERENCES: [Difference; 6] = [
         "it works; under the chains the answers are lost, because the kernel routes none anew \
          that comes from 127.0.0.1",
         from_elsewhere_to_localhost,
+    ),
+    (
+        "captured DNS over UDP to a link-local address without its scope",
+        "the kernel doesn't tell the programs the scope, and after the rewrite needs none: the \
+         proxy answers, where connect() would fail with EINVAL",
+        dns_without_scope,
     ),
     (
         "virtual interfaces (-k)",
@@ -943,6 +949,25 @@ fn under_tproxy_the_proxy_connects_from_its_clients_address() -> Result<()> {
     Ok(())
 }
 
+fn dns_without_scope() -> Result<()> {
+    let mut bed = Bed::new()?;
+    let mesh = Mesh {
+        dns: Dns::All,
+        ..Mesh::injected()
+    };
+    bed.install(&mesh)?;
+    let connection = Connection {
+        means: Means::ConnectedDatagram,
+        ..Connection::from_app("[fe80::1]:53".parse()?)
+    };
+    for (side, served_by) in [(&bed.iptables, "EINVAL"), (&bed.interceptor, "PROXY:15053")] {
+        let _servers = side.serve(&BTreeSet::new(), &mesh)?;
+        let observed = side.observe(&connection)?;
+        ensure!(observed.served_by == served_by, "{observed:?}");
+    }
+    Ok(())
+}
+
 fn from_elsewhere_to_localhost() -> Result<()> {
     let mut bed = Bed::new()?;
     let mesh = Mesh {
@@ -1208,12 +1233,13 @@ fn explain_says_what_happens() -> Result<()> {
         .collect();
     // What the kernel makes of the destination before any rule is asked.
     let multicast = Connection::from_app("224.0.0.1:8080".parse()?);
+    let link_local = Connection::from_app("[fe80::1234]:53".parse()?);
     let unspecified = Connection {
         bind: Some(POD_V4),
         owner: Credentials::PROXY,
         ..Connection::from_app("0.0.0.0:8080".parse()?)
     };
-    let special = [multicast, unspecified];
+    let special = [multicast, link_local, unspecified];
     let ports = connections.iter().map(|c| c.to.port()).collect();
     let side = &bed.interceptor;
     let _servers = side.serve(&ports, &mesh)?;

@@ -131,9 +131,13 @@ pub fn explain(pins: &Pins, pod: &PodName, question: &Question) -> Result<Explan
             .map(|(name, _)| name.clone()),
         Err(_) => None,
     };
+    // One that is bound to an interface needs no scope, but bind() isn't asked about.
+    let without_scope = matches!(question.to, SocketAddr::V6(to)
+        if to.ip().is_unicast_link_local() && to.scope_id() == 0);
     let lines = vec![
         format!("to {to} port {}", question.to.port()),
         match &route {
+            _ if without_scope => "a link-local address needs a scope, as in fe80::1%2".to_owned(),
             Some(route) if route.is(RouteKind::Unreachable) => "no route leads there".to_owned(),
             None => "no route is known".to_owned(),
             Some(_) if over_loopback => "the address is the pod's own: over lo".to_owned(),
@@ -143,7 +147,8 @@ pub fn explain(pins: &Pins, pod: &PodName, question: &Question) -> Result<Explan
         format!("owned by uid {}, gid {}", question.uid, question.gid),
     ];
     let unreachable = !matches!(&route, Some(route) if !route.is(RouteKind::Unreachable))
-        || !enters && !question.udp;
+        || !enters && !question.udp
+        || without_scope;
     answer(&opened, "outbound", to, decision, lines, unreachable)
 }
 

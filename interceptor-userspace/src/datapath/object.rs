@@ -519,7 +519,7 @@ fn program_name(id: u32) -> Option<String> {
 
 /// Lets this process lock as much memory as it may: before Linux 5.11 maps and
 /// programs count as locked.
-fn raise_locked_memory() {
+pub(crate) fn raise_locked_memory() {
     let resource = Resource::RLIMIT_MEMLOCK;
     let Ok((_, most)) = getrlimit(resource) else {
         return;

@@ -24,7 +24,7 @@ use super::{
     attach::{attach_dns, need_root},
     bpf,
     kernel_types::Offsets,
-    object::Object,
+    object::{Object, raise_locked_memory},
     pins::{Pins, map_pin},
     plain::Plain,
     routes,
@@ -234,6 +234,7 @@ pub(crate) fn change_to(opened: &Opened, settings: &Settings) -> Result<Change> 
     if settings.dns.is_on() {
         attach_dns(opened, &netns)?;
     }
+    raise_locked_memory();
     // A program that still reads what a change before the last one left is done
     // before that is written over.
     bpf::wait_for_programs().map_err(Error::system("waiting for running programs"))?;

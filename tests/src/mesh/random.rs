@@ -12,7 +12,7 @@ use crate::pod::{Credentials, PEER_V4, PEER_V6};
 /// The CIDRs that random settings name. The peer has every address of
 /// `10.78.0.0/15` and `fd00:78::/31`. None has the multicast groups beside it to
 /// which every host belongs: whose answer comes first is chance.
-const CIDRS: [&str; 23] = [
+const CIDRS: [&str; 22] = [
     "10.78.0.0/16",
     "10.78.4.0/22",
     "10.78.4.128/25",
@@ -27,7 +27,6 @@ const CIDRS: [&str; 23] = [
     "224.0.0.251/32",
     "240.0.0.0/4",
     "255.255.255.255/32",
-    "fe80::/10",
     "ff02::fb/128",
     "fd00:78::/32",
     "fd00:78:4::/47",

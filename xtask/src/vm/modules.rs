@@ -12,7 +12,7 @@ use super::kernel::{Kernel, read_module};
 
 /// Pods need veth; all others are netfilter's, for live iptables, and what
 /// finds sockets.
-const NEEDED: [&str; 15] = [
+const NEEDED: [&str; 25] = [
     "veth",
     "dummy",
     "tcp_diag",
@@ -22,9 +22,19 @@ const NEEDED: [&str; 15] = [
     "iptable_nat",
     "ip6_tables",
     "ip6table_nat",
+    "iptable_mangle",
+    "ip6table_mangle",
+    "iptable_raw",
+    "ip6table_raw",
     "nf_tables",
     "nft_chain_nat",
     "nft_compat",
+    "xt_CT",
+    "xt_TPROXY",
+    "xt_connmark",
+    "xt_conntrack",
+    "xt_mark",
+    "xt_multiport",
     "xt_owner",
     "xt_REDIRECT",
     "xt_tcpudp",
