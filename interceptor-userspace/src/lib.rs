@@ -2,9 +2,10 @@
 //!
 //! [`check`] tells whether the machine can run it, [`pod`] what a pod is,
 //! [`settings`] what it can be told, [`datapath`] attaches it, and [`proxy`] is
-//! a small proxy to try it with.
+//! a small proxy to try it with. [`api`] is how one speaks to the node's daemon.
 //! Nothing here prints.
 
+pub mod api;
 pub mod check;
 pub mod datapath;
 mod error;
