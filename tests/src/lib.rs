@@ -17,5 +17,6 @@ pub mod iptables;
 pub mod mesh;
 pub mod netns;
 pub mod pod;
+pub mod podman;
 pub mod proxies;
 pub mod world;

@@ -93,7 +93,7 @@ impl Kind {
 
 /// A program that isn't the workspace's: what the environment variable says,
 /// or on `PATH`, or in `tools` beside a build's files.
-fn find(name: &str, variable: &str) -> Option<PathBuf> {
+pub(crate) fn find(name: &str, variable: &str) -> Option<PathBuf> {
     if let Some(path) = env::var_os(variable) {
         return Some(path.into());
     }

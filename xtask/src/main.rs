@@ -36,7 +36,7 @@ enum Command {
     Build,
     /// Show Interceptor at work in a throwaway pod (needs root)
     Run(run::Args),
-    /// Run the tests (pod and all need root)
+    /// Run the tests (all but unit need root)
     Test(test::Args),
     /// Measure what interception costs (needs root; --help lists its flags)
     Bench(bench::Args),

@@ -33,6 +33,8 @@ pub(crate) enum Need {
     LoadGenerators,
     /// Virtual machines: QEMU, and what makes guests of packages.
     Qemu,
+    /// Podman and what its pods need: a runtime, CNI plugins, an image's programs.
+    Podman,
     /// The file system for what the kernel keeps.
     Bpffs,
 }
@@ -48,6 +50,15 @@ pub(crate) const PODS: &[Need] = &[
     Need::Bpffs,
 ];
 
+/// For the tests of the node's daemon.
+pub(crate) const NODE: &[Need] = &[
+    Need::Kernel,
+    Need::Ip,
+    Need::Envoy,
+    Need::Podman,
+    Need::Bpffs,
+];
+
 /// For everything.
 pub(crate) const ALL: &[Need] = &[
     Need::Kernel,
@@ -59,6 +70,7 @@ pub(crate) const ALL: &[Need] = &[
     Need::Envoy,
     Need::LoadGenerators,
     Need::Qemu,
+    Need::Podman,
     Need::Bpffs,
 ];
 
@@ -111,6 +123,7 @@ impl Need {
                 programs(&["sockperf"], "sockperf")
             }
             Self::Qemu => qemu(),
+            Self::Podman => podman(),
             Self::Bpffs => bpffs().context("a bpf file system at /sys/fs/bpf"),
         }
     }
@@ -125,6 +138,17 @@ fn qemu() -> Result<()> {
     programs(&["lz4"], "lz4")?;
     programs(&["xz"], "xz-utils")?;
     programs(&["zstd"], "zstd")
+}
+
+fn podman() -> Result<()> {
+    programs(&["podman"], "podman")?;
+    programs(&["runc"], "runc")?;
+    programs(&["busybox"], "busybox-static")?;
+    let plugins = ["/usr/lib/cni/ptp", "/opt/cni/bin/ptp"];
+    if plugins.iter().any(|path| Path::new(path).is_file()) {
+        return Ok(());
+    }
+    apt::install(&["containernetworking-plugins"]).context("the CNI plugin `ptp`")
 }
 
 /// Installs Debian's package if not all of its programs are there.
@@ -188,6 +212,6 @@ mod tests {
 
     #[test]
     fn everything_is_more_than_what_the_pods_need() {
-        assert!(PODS.iter().all(|need| ALL.contains(need)));
+        assert!(PODS.iter().chain(NODE).all(|need| ALL.contains(need)));
     }
 }

@@ -23,6 +23,9 @@ const MODEL: &str = "model";
 /// The suite that compares with the mesh's own chains.
 pub(crate) const PARITY: &str = "parity";
 
+/// The suites of the node's daemon, with podman's pods, which no virtual machine has.
+const NODE: [&str; 1] = ["podman"];
+
 /// What to test.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -55,6 +58,8 @@ enum Which {
     Pod,
     /// Only the suite that compares Interceptor with the mesh's own chains
     Parity,
+    /// Those of the node's daemon, with podman's pods
+    Daemon,
     /// All of them
     All,
 }
@@ -72,18 +77,24 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     if !args.vm.is_empty() {
         return vm::test(&args.vm, &args.arguments);
     }
-    let (unit, pod) = match args.which {
+    let (unit, pod, node) = match args.which {
         Which::Parity => return parity(args),
-        Which::Unit => (true, false),
-        Which::Pod => (false, true),
-        Which::All => (true, true),
+        Which::Unit => (true, false, false),
+        Which::Pod => (false, true, false),
+        Which::Daemon => (false, false, true),
+        Which::All => (true, true, true),
     };
+    let mut needs = vec![Need::Kernel];
     if pod {
-        require_root()?;
-        setup::ensure(setup::PODS)?;
-    } else {
-        setup::ensure(&[Need::Kernel])?;
+        needs.extend(setup::PODS);
     }
+    if node {
+        needs.extend(setup::NODE);
+    }
+    if pod || node {
+        require_root()?;
+    }
+    setup::ensure(&needs)?;
     let mut results = Vec::new();
     if unit {
         let targets = ["--lib", "--bins", "--test", MODEL].map(str::to_owned);
@@ -96,11 +107,14 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         if args.which == Which::All {
             suites_of_pods.push(PARITY.to_owned());
         }
-        let targets: Vec<String> = suites_of_pods
-            .into_iter()
-            .flat_map(|suite| ["--test".to_owned(), suite])
-            .collect();
-        results.push(("pod", suites(&targets, &args.arguments)?));
+        results.push(("pod", named_suites(&suites_of_pods, &args.arguments)?));
+    }
+    if node {
+        compile::debug(&["interceptor", "interceptor-cni"])?;
+        results.push((
+            "daemon",
+            named_suites(&NODE.map(str::to_owned), &args.arguments)?,
+        ));
     }
     let passed = results.iter().all(|(_, result)| result.passed());
     let parts: Vec<String> = results
@@ -170,8 +184,8 @@ impl fmt::Display for Comparisons {
     }
 }
 
-/// The names of the suites that need pods, but for the longest: the one that compares
-/// with the mesh's own chains.
+/// The names of the suites that need pods, but for the longest, the one that compares
+/// with the mesh's own chains, and those of the node's daemon.
 pub(crate) fn pod_suites() -> Result<Vec<String>> {
     let directory = workspace().join("tests/tests");
     let mut suites = Vec::new();
@@ -184,6 +198,7 @@ pub(crate) fn pod_suites() -> Result<Vec<String>> {
             path.extension().and_then(|extension| extension.to_str()),
         ) && name != MODEL
             && name != PARITY
+            && !NODE.contains(&name)
         {
             suites.push(name.to_owned());
         }
@@ -264,6 +279,15 @@ impl AddAssign for Counts {
         self.failed += other.failed;
         self.ignored += other.ignored;
     }
+}
+
+/// Runs these suites.
+fn named_suites(names: &[String], arguments: &[String]) -> Result<Outcome> {
+    let targets: Vec<String> = names
+        .iter()
+        .flat_map(|suite| ["--test".to_owned(), suite.clone()])
+        .collect();
+    suites(&targets, arguments)
 }
 
 /// Runs the tests of these targets to the end, shows what they print, and counts.
@@ -369,6 +393,8 @@ mod tests {
     fn the_suites_are_those_in_the_directory() {
         let suites = pod_suites().unwrap();
         assert!(suites.contains(&"reference".to_owned()), "{suites:?}");
-        assert!(!suites.contains(&MODEL.to_owned()) && !suites.contains(&PARITY.to_owned()));
+        for other in [MODEL, PARITY, NODE[0]] {
+            assert!(!suites.contains(&other.to_owned()), "{other}");
+        }
     }
 }
