@@ -4,6 +4,8 @@
 mod attach;
 mod chains;
 mod check;
+mod cni_install;
+mod cni_uninstall;
 mod detach;
 mod explain;
 mod import;
@@ -78,6 +80,10 @@ enum Command {
     /// Take the place of the mesh's own tool: the same flags and environment variables.
     #[command(name = "istio-iptables")]
     IstioIptables(istio_iptables::Args),
+    /// Install the CNI plugin on this node: its program, and its entry in the network's configuration.
+    CniInstall(cni_install::Args),
+    /// Remove the CNI plugin from this node.
+    CniUninstall(cni_uninstall::Args),
     /// Check whether this machine can run Interceptor, and what stands in its way.
     Check(check::Args),
     /// Follow what a pod's kernel programs log.
@@ -99,6 +105,8 @@ pub(crate) fn main() -> ExitCode {
         Command::Explain(args) => explain::run(&args, &pins, cli.output),
         Command::Import(args) => import::run(&args, cli.output),
         Command::IstioIptables(args) => return istio_iptables::run(&args, &pins),
+        Command::CniInstall(args) => cni_install::run(args, cli.output),
+        Command::CniUninstall(args) => cni_uninstall::run(args, cli.output),
         Command::Check(args) => check::run(&args, cli.output),
         Command::Logs(args) => logs::run(&args, &pins),
         Command::Proxy(args) => proxy::run(args, cli.output),

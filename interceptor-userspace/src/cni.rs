@@ -6,7 +6,9 @@
 //! and [`REFUSED`] and [`ODD_ANSWER`] of our own.
 
 mod config;
+mod conflist;
 mod environment;
+pub mod install;
 
 use std::{
     ffi::OsString, fmt::Write as _, io::Read, path::Path, sync::mpsc, thread, time::Duration,
