@@ -10,6 +10,7 @@ use crate::process::{find, is_root};
 mod apt;
 mod envoy;
 mod linker;
+pub(crate) mod python;
 pub(crate) mod toolchain;
 
 /// What a command can need.
@@ -35,6 +36,10 @@ pub(crate) enum Need {
     Qemu,
     /// Podman and what its pods need: a runtime, CNI plugins, an image's programs.
     Podman,
+    /// Helm's engine and Kubernetes' schemas.
+    Charts,
+    /// `systemd-analyze`.
+    Systemd,
     /// The file system for what the kernel keeps.
     Bpffs,
 }
@@ -71,6 +76,8 @@ pub(crate) const ALL: &[Need] = &[
     Need::LoadGenerators,
     Need::Qemu,
     Need::Podman,
+    Need::Charts,
+    Need::Systemd,
     Need::Bpffs,
 ];
 
@@ -124,6 +131,9 @@ impl Need {
             }
             Self::Qemu => qemu(),
             Self::Podman => podman(),
+            Self::Charts => python::ensure_charts()
+                .context("Helm's engine and Kubernetes' schemas, to check the chart with"),
+            Self::Systemd => programs(&["systemd-analyze"], "systemd"),
             Self::Bpffs => bpffs().context("a bpf file system at /sys/fs/bpf"),
         }
     }
