@@ -2,11 +2,13 @@
 //!
 //! [`check`] tells whether the machine can run it, [`pod`] what a pod is,
 //! [`settings`] what it can be told, [`datapath`] attaches it, and [`proxy`] is
-//! a small proxy to try it with. [`api`] is how one speaks to the node's daemon.
+//! a small proxy to try it with. [`daemon`] looks after all
+//! pods of a node, and [`api`] is how one speaks to it.
 //! Nothing here prints.
 
 pub mod api;
 pub mod check;
+pub mod daemon;
 pub mod datapath;
 mod error;
 pub mod pod;
