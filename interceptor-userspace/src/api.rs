@@ -8,6 +8,7 @@
 use std::{
     collections::BTreeMap,
     io::{self, BufRead as _, BufReader, Read as _, Write as _},
+    net::SocketAddr,
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
     time::Duration,
@@ -130,6 +131,8 @@ pub struct DaemonStatus {
     pub uptime_seconds: u64,
     /// Below which directory it pins.
     pub pins: PathBuf,
+    /// Where it serves metrics, health and readiness.
+    pub metrics: SocketAddr,
     /// Whether it has seen all pods that were there when it started.
     pub ready: bool,
     /// Where it learns of pods.

@@ -2,12 +2,14 @@
 
 use std::{
     env,
+    io::ErrorKind,
     os::fd::AsFd as _,
     path::{Path, PathBuf},
 };
 
 use anyhow::Context as _;
 use clap::ValueEnum;
+use inotify::{Inotify, WatchMask};
 use interceptor_userspace::{
     api,
     cni::install::{Changes, DEFAULT_CONFIGURATION, DEFAULT_PROGRAMS, Entry, Node},
@@ -16,7 +18,6 @@ use nix::{
     errno::Errno,
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::{
-        inotify::{AddWatchFlags, InitFlags, Inotify},
         signal::{SigSet, Signal},
         signalfd::{SfdFlags, SignalFd},
     },
@@ -131,21 +132,22 @@ fn watch(node: &Node, plugin: &Path, entry: &Entry, output: Output) -> anyhow::R
     signals.add(Signal::SIGINT);
     signals.thread_block().context("blocking signals")?;
     let signals = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC).context("signalfd")?;
-    let changes = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)
-        .context("watching for changes")?;
+    let mut changes = Inotify::init().context("watching for changes")?;
+    let mut events = [0; 4096];
     let mut said = None;
     let mut first = true;
     loop {
         // Each time: a directory may have come, or have been replaced.
         for directory in [&node.configuration, &node.programs] {
-            let events = AddWatchFlags::IN_CLOSE_WRITE
-                | AddWatchFlags::IN_MOVED_TO
-                | AddWatchFlags::IN_MOVED_FROM
-                | AddWatchFlags::IN_DELETE;
-            match changes.add_watch(directory, events) {
-                Ok(_) | Err(Errno::ENOENT) => {}
-                Err(errno) => {
-                    return Err(errno).with_context(|| format!("watching {}", directory.display()));
+            let wanted = WatchMask::CLOSE_WRITE
+                | WatchMask::MOVED_TO
+                | WatchMask::MOVED_FROM
+                | WatchMask::DELETE;
+            match changes.watches().add(directory, wanted) {
+                Ok(_) => {}
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                Err(error) => {
+                    return Err(error).with_context(|| format!("watching {}", directory.display()));
                 }
             }
         }
@@ -168,7 +170,7 @@ fn watch(node: &Node, plugin: &Path, entry: &Entry, output: Output) -> anyhow::R
         if ready(&signals, &changes, AGAIN)? {
             return Ok(());
         }
-        while !matches!(changes.read_events(), Err(Errno::EAGAIN)) {
+        while changes.read_events(&mut events).is_ok() {
             if ready(&signals, &changes, SETTLE)? {
                 return Ok(());
             }
