@@ -153,7 +153,10 @@ fn ask(socket: &Path, request: Request, limit: Duration) -> Result<Answer, NoAns
     let (sender, answers) = mpsc::channel();
     let path = socket.to_owned();
     // Ends with this process, if not before.
-    thread::spawn(move || sender.send(api::ask(&path, &request, limit)));
+    thread::spawn(move || {
+        // Nobody waits any more if it took too long.
+        let _ = sender.send(api::ask(&path, &request, limit));
+    });
     match answers.recv_timeout(limit) {
         Ok(Ok(answer)) => Ok(answer),
         Ok(Err(error)) => {

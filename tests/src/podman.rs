@@ -3,11 +3,12 @@
 //!
 //! Podman gets storage, state, configuration and a network namespace of its own, in
 //! which the pods' cables end; nothing of the machine's own podman or network is
-//! touched. A pod's cgroups are below `/NAME/POD`, where NAME is [`Podman::name`]:
-//! the pod's own can be told before podman makes it.
+//! touched. A pod's cgroup is `/NAME/ID`, where NAME is [`Podman::name`]; the runtime
+//! makes it after the plugins have run.
 
 use std::{
     fs,
+    net::{IpAddr, Ipv4Addr},
     os::unix::{fs::symlink, process::CommandExt as _},
     path::{Path, PathBuf},
     process::Command,
@@ -33,7 +34,7 @@ use crate::{
 pub const BUSYBOX: &str = "localhost/busybox";
 
 /// The node's end of every pod's cable.
-pub const GATEWAY: std::net::IpAddr = std::net::IpAddr::V4(std::net::Ipv4Addr::new(10, 89, 0, 1));
+pub const GATEWAY: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 89, 0, 1));
 
 /// How long one call of podman may take, in seconds: starting a pod takes one.
 const LIMIT: &str = "300";
@@ -97,13 +98,24 @@ impl Podman {
         self.path("cni").join(format!("{}.conflist", self.name))
     }
 
-    /// The pod's directory in the cgroup v2 tree; it may not be there.
+    /// The cgroups of the pods that run or ran, in the cgroup v2 tree.
     ///
     /// # Errors
     ///
     /// If there is no such tree.
-    pub fn cgroup(&self, pod: &str) -> Result<PathBuf> {
-        Ok(cgroup::Cgroup::mount()?.join(&self.name).join(pod))
+    pub fn cgroups(&self) -> Result<Vec<PathBuf>> {
+        let parent = cgroup::Cgroup::mount()?.join(&self.name);
+        if !parent.exists() {
+            return Ok(Vec::new());
+        }
+        let mut paths = Vec::new();
+        for entry in fs::read_dir(parent)? {
+            let entry = entry?;
+            if entry.file_type()?.is_dir() {
+                paths.push(entry.path());
+            }
+        }
+        Ok(paths)
     }
 
     /// Makes an image of busybox and these programs, with the libraries that they
@@ -156,7 +168,7 @@ impl Podman {
     ///
     /// If podman fails.
     pub fn create_pod(&self, pod: &str) -> Result<()> {
-        let parent = format!("/{}/{pod}", self.name);
+        let parent = format!("/{}", self.name);
         self.podman(
             &["pod", "create", "--no-hosts", "--infra-image", BUSYBOX],
             &[
@@ -205,14 +217,28 @@ impl Podman {
         self.podman(&["pod", "start"], &[pod]).map(drop)
     }
 
-    /// Ends a pod's containers and removes it, and its cgroups, which podman leaves.
+    /// Ends a pod's containers and removes it. Podman leaves its cgroup in the v2 tree.
     ///
     /// # Errors
     ///
     /// If podman fails.
     pub fn remove_pod(&self, pod: &str) -> Result<()> {
-        self.podman(&["pod", "rm", "--force", "--time", "0"], &[pod])?;
-        self.remove_cgroups(Some(pod))
+        self.podman(&["pod", "rm", "--force", "--time", "0"], &[pod])
+            .map(drop)
+    }
+
+    /// A running pod's address.
+    ///
+    /// # Errors
+    ///
+    /// If a container of this name doesn't run.
+    pub fn address(&self, pod: &str, name: &str) -> Result<IpAddr> {
+        let shown = self.exec(pod, name, &["ip", "-4", "-o", "addr", "show", "eth0"])?;
+        shown
+            .split_whitespace()
+            .filter_map(|word| word.split_once('/'))
+            .find_map(|(address, _)| address.parse().ok())
+            .with_context(|| format!("no address in {shown}"))
     }
 
     /// What a container has printed.
@@ -347,11 +373,10 @@ impl Podman {
         Ok(self.node.ip("-o link show type veth")?.lines().count())
     }
 
-    /// Removes the cgroups of a pod or of all, of every hierarchy.
-    fn remove_cgroups(&self, pod: Option<&str>) -> Result<()> {
+    /// Removes the pods' cgroups, of every hierarchy.
+    fn remove_cgroups(&self) -> Result<()> {
         for mount in cgroup::mounts()? {
-            let mut path = mount.join(&self.name);
-            path.extend(pod);
+            let path = mount.join(&self.name);
             wait_until(
                 "the cgroup is empty",
                 Duration::from_secs(5),
@@ -373,7 +398,7 @@ impl Drop for Podman {
     fn drop(&mut self) {
         let removed = self
             .podman(&["pod", "rm", "--force", "--all"], &["--time", "0"])
-            .and_then(|_| self.remove_cgroups(None));
+            .and_then(|_| self.remove_cgroups());
         if let Err(error) = removed {
             eprintln!("podman's {} stays behind: {error:#}", self.name);
         }

@@ -51,7 +51,7 @@ impl Kind {
     /// # Errors
     ///
     /// If it isn't there.
-    pub(crate) fn binary(self) -> Result<PathBuf> {
+    pub fn binary(self) -> Result<PathBuf> {
         match self {
             Self::Embedded => workspace_binary("interceptor", "INTERCEPTOR_BIN"),
             Self::Envoy => find("envoy", "INTERCEPTOR_ENVOY").context(
@@ -74,7 +74,7 @@ impl Kind {
         Ok(match self {
             Self::Embedded => vec!["proxy".to_owned()],
             Self::Envoy => {
-                let path = configuration("envoy.yaml", include_str!("../proxies/envoy.yaml"))?;
+                let path = configuration("envoy.yaml", ENVOY)?;
                 let options = "--concurrency 2 --disable-hot-restart --log-level warning \
                                --file-flush-interval-msec 10 -c";
                 options
@@ -90,6 +90,9 @@ impl Kind {
         })
     }
 }
+
+/// The configuration with which Envoy is a sidecar.
+pub const ENVOY: &str = include_str!("../proxies/envoy.yaml");
 
 /// A program that isn't the workspace's: what the environment variable says,
 /// or on `PATH`, or in `tools` beside a build's files.
@@ -119,7 +122,7 @@ pub struct Logged {
 impl Logged {
     /// Reads `outbound client=ADDRESS original_dst=ADDRESS ...`; other lines
     /// are no connection's.
-    fn parse(line: &str) -> Option<Self> {
+    pub fn parse(line: &str) -> Option<Self> {
         let mut words = line.split(' ');
         let port = match words.next()? {
             "outbound" => 15001,

@@ -2,19 +2,31 @@
 //! gets onto a node.
 
 use std::{
-    fs,
+    collections::BTreeMap,
+    fs::{self, File},
+    io::{Read as _, Write as _},
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     thread,
     time::Duration,
 };
 
 use anyhow::{Context, Result, ensure};
 use interceptor_tests::{
+    bpf,
+    cli::Cli,
     command::{run, wait_until, workspace_binary},
     interception::interceptor,
-    podman::{BUSYBOX, Podman, Role},
+    podman::{BUSYBOX, GATEWAY, Podman, Role},
+    proxies::{self, ENVOY, Logged},
+    world::objects,
 };
+use interceptor_userspace::api::{self, Answer, Request};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -24,6 +36,178 @@ use tempfile::TempDir;
 
 const POD: &str = "web";
 const APP: &str = "app";
+
+/// What a container's last words are if nobody took its connection.
+const REFUSED: &str = "Connection refused";
+
+/// What a server on the node answers, and on which port.
+const HELLO: &str = "hello from the node";
+const PORT: u16 = 8080;
+
+/// How long anything may take that is not waiting for something else.
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// The node's daemon, of podman's pods.
+struct Daemon {
+    process: Running,
+    cli: Cli,
+    socket: PathBuf,
+    podman: Podman,
+}
+
+impl Daemon {
+    fn start() -> Result<Self> {
+        let directory = tempfile::tempdir()?.keep();
+        let socket = directory.join("daemon.sock");
+        let podman = Podman::new(&json!({ "socket": socket }))?;
+        let cli = Cli::new()?;
+        let process = start_daemon(&cli, &socket, &podman)?;
+        Ok(Self {
+            process,
+            cli,
+            socket,
+            podman,
+        })
+    }
+
+    /// The pods that it knows, and what has become of each.
+    fn pods(&self) -> Result<BTreeMap<String, String>> {
+        match api::ask(&self.socket, &Request::Pods, LIMIT)? {
+            Answer::Pods { pods } => Ok(pods
+                .into_iter()
+                .map(|pod| (pod.pod, format!("{:?} {:?}", pod.state, pod.because)))
+                .collect()),
+            other => anyhow::bail!("{other:?}"),
+        }
+    }
+
+    fn descriptors(&self) -> Result<usize> {
+        Ok(fs::read_dir(format!("/proc/{}/fd", self.process.0.id()))?.count())
+    }
+
+    /// The resident memory, in KiB.
+    fn memory(&self) -> Result<u64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.process.0.id()))?;
+        status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmRSS:"))
+            .and_then(|line| line.trim().strip_suffix(" kB"))
+            .and_then(|number| number.parse().ok())
+            .with_context(|| format!("no VmRSS in {status}"))
+    }
+
+    /// Nothing of any pod is there any more.
+    fn assert_nothing_left(&self) -> Result<()> {
+        let pods = self.pods()?;
+        ensure!(pods.is_empty(), "still known: {pods:?}");
+        let mut pins = self.cli.directories()?;
+        // The running daemon's own.
+        pins.retain(|name| name != "+daemon");
+        ensure!(pins.is_empty(), "pins stay behind: {pins:?}");
+        ensure!(self.podman.cables()? == 0, "a cable stays behind");
+        Ok(())
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // What is below it can't be told from drop.
+        let _ = fs::remove_dir_all(self.socket.parent().unwrap_or(&self.socket));
+    }
+}
+
+fn start_daemon(cli: &Cli, socket: &Path, podman: &Podman) -> Result<Running> {
+    let process = Running(
+        cli.command()?
+            .args(["daemon", "--metrics", "127.0.0.1:0", "--select", "all"])
+            .arg("--socket")
+            .arg(socket)
+            .args(["--cgroup-parent", &format!("/{}", podman.name())])
+            .stderr(File::create(podman.directory().join("daemon.log"))?)
+            .spawn()?,
+    );
+    wait_until("the daemon is ready", LIMIT, || {
+        Ok(
+            match api::ask(socket, &Request::Status, Duration::from_secs(1)) {
+                Ok(Answer::Status(status)) if status.ready => Some(()),
+                _ => None,
+            },
+        )
+    })
+    .with_context(|| log_of(podman))?;
+    Ok(process)
+}
+
+/// What the daemon has logged.
+fn log_of(podman: &Podman) -> String {
+    fs::read_to_string(podman.directory().join("daemon.log")).unwrap_or_default()
+}
+
+/// A server on the node, and how many connections it has had.
+fn serve(podman: &Podman) -> Result<Arc<AtomicUsize>> {
+    let listener = podman
+        .node()
+        .enter(|| Ok(TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT))?))?;
+    let count = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&count);
+    // It ends with this process.
+    thread::spawn(move || {
+        for stream in listener.incoming() {
+            counted.fetch_add(1, Ordering::SeqCst);
+            let Ok(mut stream) = stream else { return };
+            // A client may have gone.
+            let _ = stream.read(&mut [0; 1024]);
+            let _ = stream.write_all(HELLO.as_bytes());
+        }
+    });
+    Ok(count)
+}
+
+/// A command of the shell that connects, says a word, and prints the answer. (As busybox's
+/// wget doesn't work where no C library is installed.)
+fn ask(address: SocketAddr) -> String {
+    format!(
+        "echo hello | nc -w 5 {} {} 2>&1",
+        address.ip(),
+        address.port()
+    )
+}
+
+fn node_address() -> SocketAddr {
+    SocketAddr::new(GATEWAY, PORT)
+}
+
+/// An init container that asks the node's server and says how that went.
+fn create_asking_init(podman: &Podman, pod: &str) -> Result<()> {
+    let ask = format!("{}; true", ask(node_address()));
+    podman.create_container(pod, "init", Role::Init, BUSYBOX, &[], &["sh", "-c", &ask])
+}
+
+/// Asks the node's server from the application's container.
+fn ask_from_app(podman: &Podman) -> Result<String> {
+    podman.exec(POD, APP, &["sh", "-c", &ask(node_address())])
+}
+
+/// What a sidecar's log says of the connections that went through it.
+fn logged(podman: &Podman, port: u16) -> Result<Vec<SocketAddr>> {
+    let log = podman.logs(POD, PROXY)?;
+    Ok(log
+        .lines()
+        .filter_map(Logged::parse)
+        .filter(|logged| logged.port == port)
+        .map(|logged| logged.original_dst)
+        .collect())
+}
+
+const PROXY: &str = "proxy";
+
+/// Waits until the sidecar's log has a connection to this address on this port.
+fn wait_until_logged(podman: &Podman, port: u16, address: SocketAddr) -> Result<()> {
+    wait_until("the sidecar logs the connection", LIMIT, || {
+        Ok(logged(podman, port)?.contains(&address).then_some(()))
+    })
+    .with_context(|| podman.logs(POD, PROXY).unwrap_or_default())
+}
 
 /// An application that does nothing.
 fn create_idle(podman: &Podman) -> Result<()> {
@@ -46,7 +230,7 @@ fn a_pod_does_not_start_without_the_daemon_unless_it_may() -> Result<()> {
     }
     // Nothing is half: podman has taken the network away again.
     ensure!(podman.cables()? == 0, "a cable stays behind");
-    ensure!(!podman.cgroup(POD)?.exists(), "the pod has a cgroup");
+    ensure!(podman.cgroups()?.is_empty(), "the pod has a cgroup");
     podman.remove_pod(POD)?;
 
     podman.set_plugin(&json!({ "socket": nobody, "on_error": "pass" }))?;
@@ -54,11 +238,201 @@ fn a_pod_does_not_start_without_the_daemon_unless_it_may() -> Result<()> {
     podman.start_pod(POD)?;
     let addresses = podman.exec(POD, APP, &["ip", "addr", "show", "eth0"])?;
     ensure!(addresses.contains("inet 10.89."), "{addresses}");
-    ensure!(podman.cgroup(POD)?.exists(), "the pod has no cgroup");
+    ensure!(podman.cgroups()?.len() == 1, "the pod has no cgroup");
     // It can be ended, too.
     podman.remove_pod(POD)?;
     ensure!(podman.cables()? == 0, "a cable stays behind");
     Ok(())
+}
+
+#[test]
+fn the_first_syn_of_an_init_container_is_intercepted() -> Result<()> {
+    let daemon = Daemon::start()?;
+    let podman = &daemon.podman;
+    let connections = serve(podman)?;
+
+    // What it would do otherwise: the same pod, which is not intercepted, reaches the server.
+    let nobody = Path::new("/nonexistent/daemon.sock");
+    podman.set_plugin(&json!({ "socket": nobody, "on_error": "pass" }))?;
+    create_idle(podman)?;
+    create_asking_init(podman, POD)?;
+    podman.start_pod(POD)?;
+    let said = podman.logs(POD, "init")?;
+    ensure!(said.contains(HELLO), "{said}");
+    ensure!(connections.swap(0, Ordering::SeqCst) == 1);
+    podman.remove_pod(POD)?;
+
+    podman.set_plugin(&json!({ "socket": daemon.socket }))?;
+    podman.image("localhost/proxy", &[&proxies::Kind::Embedded.binary()?])?;
+    let descriptors = daemon.descriptors()?;
+    create_idle(podman)?;
+    create_asking_init(podman, POD)?;
+    podman.create_container(
+        POD,
+        PROXY,
+        Role::App,
+        "localhost/proxy",
+        &["--user", "1337:1337"],
+        &["/usr/bin/interceptor", "proxy"],
+    )?;
+    podman.start_pod(POD).with_context(|| log_of(podman))?;
+    // No proxy ran yet: its connection was for the proxy, and was refused.
+    let said = podman.logs(POD, "init")?;
+    ensure!(said.contains(REFUSED), "{said}\n{}", log_of(podman));
+    ensure!(connections.load(Ordering::SeqCst) == 0, "its SYN got out");
+
+    let said = ask_from_app(podman).with_context(|| log_of(podman))?;
+    ensure!(said.contains(HELLO), "{said}");
+    wait_until_logged(podman, 15001, node_address())?;
+
+    let names: Vec<String> = daemon.pods()?.into_keys().collect();
+    ensure!(names.len() == 1, "{names:?}");
+    let objects = objects(&daemon.cli, &names[0])?;
+    podman.remove_pod(POD)?;
+    daemon.assert_nothing_left()?;
+    bpf::wait_until_gone(&objects)?;
+    wait_until("its descriptors are closed", LIMIT, || {
+        Ok((daemon.descriptors()? <= descriptors).then_some(()))
+    })
+}
+
+#[test]
+fn envoy_is_a_sidecar_both_ways() -> Result<()> {
+    let daemon = Daemon::start()?;
+    let podman = &daemon.podman;
+    let connections = serve(podman)?;
+    podman.image("localhost/envoy", &[&proxies::Kind::Envoy.binary()?])?;
+    let configuration = podman.directory().join("envoy.yaml");
+    fs::write(&configuration, ENVOY)?;
+    podman.create_pod(POD)?;
+    let serve = "mkdir /www && echo hello from the pod > /www/index.html && \
+                 exec httpd -f -p 8080 -h /www";
+    podman.create_container(POD, APP, Role::App, BUSYBOX, &[], &["sh", "-c", serve])?;
+    podman.create_container(
+        POD,
+        PROXY,
+        Role::App,
+        "localhost/envoy",
+        &[
+            "--user",
+            "1337:1337",
+            "--volume",
+            &format!("{}:/envoy.yaml:ro", configuration.display()),
+        ],
+        &[
+            "/usr/bin/envoy",
+            "--concurrency",
+            "2",
+            "--disable-hot-restart",
+            "--log-level",
+            "warning",
+            "--file-flush-interval-msec",
+            "10",
+            "-c",
+            "/envoy.yaml",
+        ],
+    )?;
+    podman.start_pod(POD).with_context(|| log_of(podman))?;
+    // It takes a moment to listen; until then connections are refused.
+    let said = wait_until("Envoy carries a request", LIMIT, || {
+        Ok(ask_from_app(podman).ok())
+    })
+    .with_context(|| podman.logs(POD, PROXY).unwrap_or_default())?;
+    ensure!(said.contains(HELLO), "{said}");
+    ensure!(connections.load(Ordering::SeqCst) == 1);
+    wait_until_logged(podman, 15001, node_address())?;
+
+    let address: IpAddr = podman.address(POD, APP)?;
+    let to = SocketAddr::new(address, PORT);
+    let answer = podman.node().enter(|| {
+        let mut stream = TcpStream::connect_timeout(&to, LIMIT)?;
+        stream.set_read_timeout(Some(LIMIT))?;
+        stream.write_all(b"GET / HTTP/1.0\r\n\r\n")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        Ok(answer)
+    })?;
+    ensure!(answer.contains("hello from the pod"), "{answer}");
+    wait_until_logged(podman, 15006, to)?;
+    podman.remove_pod(POD)?;
+    daemon.assert_nothing_left()
+}
+
+/// Podman takes about a second of one processor for each pod, so CI makes few at a time.
+/// The environment variable `PODMAN_PODS` says otherwise.
+const PODS: usize = 8;
+
+#[test]
+fn pods_that_come_and_go_in_parallel_leave_nothing() -> Result<()> {
+    const ROUNDS: usize = 3;
+    let pods = match std::env::var("PODMAN_PODS") {
+        Ok(number) => number.parse().context("PODMAN_PODS")?,
+        Err(_) => PODS,
+    };
+    let daemon = Daemon::start()?;
+    let podman = &daemon.podman;
+    let connections = serve(podman)?;
+    // The first round makes what is kept for good.
+    let mut baseline = None;
+    for round in 0..=ROUNDS {
+        thread::scope(|scope| {
+            let threads: Vec<_> = (0..pods)
+                .map(|index| {
+                    let pod = format!("{POD}-{round}-{index}");
+                    scope.spawn(move || -> Result<()> {
+                        podman.create_pod(&pod)?;
+                        create_asking_init(podman, &pod)?;
+                        let idle = ["sleep", "1000000"];
+                        podman.create_container(&pod, APP, Role::App, BUSYBOX, &[], &idle)?;
+                        podman.start_pod(&pod).with_context(|| log_of(podman))?;
+                        let said = podman.logs(&pod, "init")?;
+                        ensure!(said.contains(REFUSED), "{pod}: {said}\n{}", log_of(podman));
+                        podman.remove_pod(&pod)
+                    })
+                })
+                .collect();
+            for thread in threads {
+                thread
+                    .join()
+                    .map_err(|_| anyhow::anyhow!("a thread panicked"))??;
+            }
+            anyhow::Ok(())
+        })?;
+        ensure!(connections.load(Ordering::SeqCst) == 0, "a SYN got out");
+        daemon.assert_nothing_left()?;
+        // Other suites may run beside this one: only ours count.
+        wait_until("the kernel has freed what was ours", LIMIT, || {
+            Ok((held_by(daemon.process.0.id())? == 0).then_some(()))
+        })?;
+        let now = (daemon.descriptors()?, daemon.memory()?);
+        let (descriptors, memory) = *baseline.get_or_insert(now);
+        ensure!(
+            now.0 <= descriptors,
+            "{} descriptors after round {round}, {descriptors} after the first",
+            now.0
+        );
+        // What an allocator keeps; a leak of a pod's state would be more each round.
+        ensure!(
+            now.1 <= memory + 4096,
+            "{} KiB after round {round}, {memory} after the first",
+            now.1
+        );
+    }
+    Ok(())
+}
+
+/// How many of the kernel's programs, maps and links the process has open.
+fn held_by(pid: u32) -> Result<usize> {
+    let mut held = 0;
+    for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
+        // It may be closed meanwhile.
+        let Ok(target) = fs::read_link(entry?.path()) else {
+            continue;
+        };
+        let target = target.to_string_lossy().into_owned();
+        held += usize::from(target.contains("bpf-") || target.contains("bpf_link"));
+    }
+    Ok(held)
 }
 
 /// A node's directories for CNI, with a network's configuration.
