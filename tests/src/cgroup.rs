@@ -30,7 +30,7 @@ impl Cgroup {
     /// If there is no cgroup v2 tree or the directory can't be made.
     pub fn new(name: &str) -> Result<Self> {
         require_root()?;
-        let path = Self::mount()?.join(name);
+        let path = Self::mount()?.join(name.trim_start_matches('/'));
         fs::create_dir(&path).with_context(|| format!("make cgroup {}", path.display()))?;
         Ok(Self { path })
     }

@@ -8,6 +8,7 @@ pub mod cases;
 pub mod cgroup;
 pub mod cli;
 pub mod command;
+pub mod daemon;
 pub mod flood;
 pub mod foreign;
 pub mod inside;

@@ -2,8 +2,7 @@
 //! gets onto a node.
 
 use std::{
-    collections::BTreeMap,
-    fs::{self, File},
+    fs,
     io::{Read as _, Write as _},
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream},
     path::{Path, PathBuf},
@@ -21,12 +20,12 @@ use interceptor_tests::{
     bpf,
     cli::Cli,
     command::{run, wait_until, workspace_binary},
+    daemon::{Daemon, LIMIT},
     interception::interceptor,
     podman::{BUSYBOX, GATEWAY, Podman, Role},
     proxies::{self, ENVOY, Logged},
     world::objects,
 };
-use interceptor_userspace::api::{self, Answer, Request};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -44,50 +43,37 @@ const REFUSED: &str = "Connection refused";
 const HELLO: &str = "hello from the node";
 const PORT: u16 = 8080;
 
-/// How long anything may take that is not waiting for something else.
-const LIMIT: Duration = Duration::from_secs(20);
-
-/// The node's daemon, of podman's pods.
-struct Daemon {
-    process: Running,
+/// Podman, and the daemon that looks after its pods.
+struct Machine {
+    daemon: Daemon,
+    /// The daemon's process.
+    pid: i32,
     cli: Cli,
-    socket: PathBuf,
     podman: Podman,
 }
 
-impl Daemon {
-    fn start() -> Result<Self> {
-        let directory = tempfile::tempdir()?.keep();
-        let socket = directory.join("daemon.sock");
-        let podman = Podman::new(&json!({ "socket": socket }))?;
+impl Machine {
+    fn new() -> Result<Self> {
+        let podman = Podman::new(&json!({}))?;
         let cli = Cli::new()?;
-        let process = start_daemon(&cli, &socket, &podman)?;
+        let settings = format!("select = 'all'\ncgroup-parent = '/{}'", podman.name());
+        let mut daemon = Daemon::start(&cli, &settings)?;
+        podman.set_plugin(&json!({ "socket": daemon.socket() }))?;
         Ok(Self {
-            process,
+            pid: daemon.pid()?,
+            daemon,
             cli,
-            socket,
             podman,
         })
     }
 
-    /// The pods that it knows, and what has become of each.
-    fn pods(&self) -> Result<BTreeMap<String, String>> {
-        match api::ask(&self.socket, &Request::Pods, LIMIT)? {
-            Answer::Pods { pods } => Ok(pods
-                .into_iter()
-                .map(|pod| (pod.pod, format!("{:?} {:?}", pod.state, pod.because)))
-                .collect()),
-            other => anyhow::bail!("{other:?}"),
-        }
-    }
-
     fn descriptors(&self) -> Result<usize> {
-        Ok(fs::read_dir(format!("/proc/{}/fd", self.process.0.id()))?.count())
+        Ok(fs::read_dir(format!("/proc/{}/fd", self.pid))?.count())
     }
 
     /// The resident memory, in KiB.
     fn memory(&self) -> Result<u64> {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.process.0.id()))?;
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid))?;
         status
             .lines()
             .find_map(|line| line.strip_prefix("VmRSS:"))
@@ -98,7 +84,7 @@ impl Daemon {
 
     /// Nothing of any pod is there any more.
     fn assert_nothing_left(&self) -> Result<()> {
-        let pods = self.pods()?;
+        let pods = self.daemon.pods()?;
         ensure!(pods.is_empty(), "still known: {pods:?}");
         let mut pins = self.cli.directories()?;
         // The running daemon's own.
@@ -107,40 +93,6 @@ impl Daemon {
         ensure!(self.podman.cables()? == 0, "a cable stays behind");
         Ok(())
     }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        // What is below it can't be told from drop.
-        let _ = fs::remove_dir_all(self.socket.parent().unwrap_or(&self.socket));
-    }
-}
-
-fn start_daemon(cli: &Cli, socket: &Path, podman: &Podman) -> Result<Running> {
-    let process = Running(
-        cli.command()?
-            .args(["daemon", "--metrics", "127.0.0.1:0", "--select", "all"])
-            .arg("--socket")
-            .arg(socket)
-            .args(["--cgroup-parent", &format!("/{}", podman.name())])
-            .stderr(File::create(podman.directory().join("daemon.log"))?)
-            .spawn()?,
-    );
-    wait_until("the daemon is ready", LIMIT, || {
-        Ok(
-            match api::ask(socket, &Request::Status, Duration::from_secs(1)) {
-                Ok(Answer::Status(status)) if status.ready => Some(()),
-                _ => None,
-            },
-        )
-    })
-    .with_context(|| log_of(podman))?;
-    Ok(process)
-}
-
-/// What the daemon has logged.
-fn log_of(podman: &Podman) -> String {
-    fs::read_to_string(podman.directory().join("daemon.log")).unwrap_or_default()
 }
 
 /// A server on the node, and how many connections it has had.
@@ -247,8 +199,8 @@ fn a_pod_does_not_start_without_the_daemon_unless_it_may() -> Result<()> {
 
 #[test]
 fn the_first_syn_of_an_init_container_is_intercepted() -> Result<()> {
-    let daemon = Daemon::start()?;
-    let podman = &daemon.podman;
+    let machine = Machine::new()?;
+    let podman = &machine.podman;
     let connections = serve(podman)?;
 
     // What it would do otherwise: the same pod, which is not intercepted, reaches the server.
@@ -262,9 +214,9 @@ fn the_first_syn_of_an_init_container_is_intercepted() -> Result<()> {
     ensure!(connections.swap(0, Ordering::SeqCst) == 1);
     podman.remove_pod(POD)?;
 
-    podman.set_plugin(&json!({ "socket": daemon.socket }))?;
+    podman.set_plugin(&json!({ "socket": machine.daemon.socket() }))?;
     podman.image("localhost/proxy", &[&proxies::Kind::Embedded.binary()?])?;
-    let descriptors = daemon.descriptors()?;
+    let descriptors = machine.descriptors()?;
     create_idle(podman)?;
     create_asking_init(podman, POD)?;
     podman.create_container(
@@ -275,31 +227,33 @@ fn the_first_syn_of_an_init_container_is_intercepted() -> Result<()> {
         &["--user", "1337:1337"],
         &["/usr/bin/interceptor", "proxy"],
     )?;
-    podman.start_pod(POD).with_context(|| log_of(podman))?;
+    podman
+        .start_pod(POD)
+        .with_context(|| machine.daemon.log())?;
     // No proxy ran yet: its connection was for the proxy, and was refused.
     let said = podman.logs(POD, "init")?;
-    ensure!(said.contains(REFUSED), "{said}\n{}", log_of(podman));
+    ensure!(said.contains(REFUSED), "{said}\n{}", machine.daemon.log());
     ensure!(connections.load(Ordering::SeqCst) == 0, "its SYN got out");
 
-    let said = ask_from_app(podman).with_context(|| log_of(podman))?;
+    let said = ask_from_app(podman).with_context(|| machine.daemon.log())?;
     ensure!(said.contains(HELLO), "{said}");
     wait_until_logged(podman, 15001, node_address())?;
 
-    let names: Vec<String> = daemon.pods()?.into_keys().collect();
-    ensure!(names.len() == 1, "{names:?}");
-    let objects = objects(&daemon.cli, &names[0])?;
+    let pods = machine.daemon.pods()?;
+    ensure!(pods.len() == 1, "{pods:?}");
+    let objects = objects(&machine.cli, &pods[0].pod)?;
     podman.remove_pod(POD)?;
-    daemon.assert_nothing_left()?;
+    machine.assert_nothing_left()?;
     bpf::wait_until_gone(&objects)?;
     wait_until("its descriptors are closed", LIMIT, || {
-        Ok((daemon.descriptors()? <= descriptors).then_some(()))
+        Ok((machine.descriptors()? <= descriptors).then_some(()))
     })
 }
 
 #[test]
 fn envoy_is_a_sidecar_both_ways() -> Result<()> {
-    let daemon = Daemon::start()?;
-    let podman = &daemon.podman;
+    let machine = Machine::new()?;
+    let podman = &machine.podman;
     let connections = serve(podman)?;
     podman.image("localhost/envoy", &[&proxies::Kind::Envoy.binary()?])?;
     let configuration = podman.directory().join("envoy.yaml");
@@ -332,7 +286,9 @@ fn envoy_is_a_sidecar_both_ways() -> Result<()> {
             "/envoy.yaml",
         ],
     )?;
-    podman.start_pod(POD).with_context(|| log_of(podman))?;
+    podman
+        .start_pod(POD)
+        .with_context(|| machine.daemon.log())?;
     // It takes a moment to listen; until then connections are refused.
     let said = wait_until("Envoy carries a request", LIMIT, || {
         Ok(ask_from_app(podman).ok())
@@ -355,7 +311,7 @@ fn envoy_is_a_sidecar_both_ways() -> Result<()> {
     ensure!(answer.contains("hello from the pod"), "{answer}");
     wait_until_logged(podman, 15006, to)?;
     podman.remove_pod(POD)?;
-    daemon.assert_nothing_left()
+    machine.assert_nothing_left()
 }
 
 /// Podman takes about a second of one processor for each pod, so CI makes few at a time.
@@ -369,8 +325,8 @@ fn pods_that_come_and_go_in_parallel_leave_nothing() -> Result<()> {
         Ok(number) => number.parse().context("PODMAN_PODS")?,
         Err(_) => PODS,
     };
-    let daemon = Daemon::start()?;
-    let podman = &daemon.podman;
+    let machine = &Machine::new()?;
+    let podman = &machine.podman;
     let connections = serve(podman)?;
     // The first round makes what is kept for good.
     let mut baseline = None;
@@ -384,9 +340,15 @@ fn pods_that_come_and_go_in_parallel_leave_nothing() -> Result<()> {
                         create_asking_init(podman, &pod)?;
                         let idle = ["sleep", "1000000"];
                         podman.create_container(&pod, APP, Role::App, BUSYBOX, &[], &idle)?;
-                        podman.start_pod(&pod).with_context(|| log_of(podman))?;
+                        podman
+                            .start_pod(&pod)
+                            .with_context(|| machine.daemon.log())?;
                         let said = podman.logs(&pod, "init")?;
-                        ensure!(said.contains(REFUSED), "{pod}: {said}\n{}", log_of(podman));
+                        ensure!(
+                            said.contains(REFUSED),
+                            "{pod}: {said}\n{}",
+                            machine.daemon.log()
+                        );
                         podman.remove_pod(&pod)
                     })
                 })
@@ -399,12 +361,12 @@ fn pods_that_come_and_go_in_parallel_leave_nothing() -> Result<()> {
             anyhow::Ok(())
         })?;
         ensure!(connections.load(Ordering::SeqCst) == 0, "a SYN got out");
-        daemon.assert_nothing_left()?;
+        machine.assert_nothing_left()?;
         // Other suites may run beside this one: only ours count.
         wait_until("the kernel has freed what was ours", LIMIT, || {
-            Ok((held_by(daemon.process.0.id())? == 0).then_some(()))
+            Ok((held_by(machine.pid)? == 0).then_some(()))
         })?;
-        let now = (daemon.descriptors()?, daemon.memory()?);
+        let now = (machine.descriptors()?, machine.memory()?);
         let (descriptors, memory) = *baseline.get_or_insert(now);
         ensure!(
             now.0 <= descriptors,
@@ -422,7 +384,7 @@ fn pods_that_come_and_go_in_parallel_leave_nothing() -> Result<()> {
 }
 
 /// How many of the kernel's programs, maps and links the process has open.
-fn held_by(pid: u32) -> Result<usize> {
+fn held_by(pid: i32) -> Result<usize> {
     let mut held = 0;
     for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
         // It may be closed meanwhile.

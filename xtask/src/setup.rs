@@ -55,15 +55,6 @@ pub(crate) const PODS: &[Need] = &[
     Need::Bpffs,
 ];
 
-/// For the tests of the node's daemon.
-pub(crate) const NODE: &[Need] = &[
-    Need::Kernel,
-    Need::Ip,
-    Need::Envoy,
-    Need::Podman,
-    Need::Bpffs,
-];
-
 /// For everything.
 pub(crate) const ALL: &[Need] = &[
     Need::Kernel,
@@ -222,6 +213,6 @@ mod tests {
 
     #[test]
     fn everything_is_more_than_what_the_pods_need() {
-        assert!(PODS.iter().chain(NODE).all(|need| ALL.contains(need)));
+        assert!(PODS.iter().all(|need| ALL.contains(need)));
     }
 }

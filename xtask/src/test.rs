@@ -23,8 +23,10 @@ const MODEL: &str = "model";
 /// The suite that compares with the mesh's own chains.
 pub(crate) const PARITY: &str = "parity";
 
-/// The suites of the node's daemon, with podman's pods, which no virtual machine has.
-const NODE: [&str; 1] = ["podman"];
+/// The suite of the node's daemon.
+const DAEMON: &str = "daemon";
+/// The suite of the node's daemon and podman's pods, which no virtual machine has.
+const PODMAN: &str = "podman";
 
 /// What to test.
 #[derive(Debug, clap::Args)]
@@ -58,7 +60,7 @@ enum Which {
     Pod,
     /// Only the suite that compares Interceptor with the mesh's own chains
     Parity,
-    /// Those of the node's daemon, with podman's pods
+    /// Those of the node's daemon, also with podman's pods
     Daemon,
     /// All of them
     All,
@@ -77,44 +79,43 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     if !args.vm.is_empty() {
         return vm::test(&args.vm, &args.arguments);
     }
-    let (unit, pod, node) = match args.which {
+    let suites_of_pods: Vec<String> = match args.which {
         Which::Parity => return parity(args),
-        Which::Unit => (true, false, false),
-        Which::Pod => (false, true, false),
-        Which::Daemon => (false, false, true),
-        Which::All => (true, true, true),
+        Which::Unit => Vec::new(),
+        Which::Pod => pod_suites()?,
+        Which::Daemon => [DAEMON, PODMAN].map(str::to_owned).to_vec(),
+        Which::All => pod_suites()?
+            .into_iter()
+            .chain([PODMAN, PARITY].map(str::to_owned))
+            .collect(),
     };
     let mut needs = vec![Need::Kernel];
-    if pod {
+    if !suites_of_pods.is_empty() {
+        require_root()?;
         needs.extend(setup::PODS);
     }
-    if node {
-        needs.extend(setup::NODE);
-    }
-    if pod || node {
-        require_root()?;
+    if suites_of_pods.iter().any(|suite| suite == PODMAN) {
+        needs.push(Need::Podman);
     }
     setup::ensure(&needs)?;
     let mut results = Vec::new();
-    if unit {
+    if matches!(args.which, Which::Unit | Which::All) {
         let targets = ["--lib", "--bins", "--test", MODEL].map(str::to_owned);
         results.push(("unit", suites(&targets, &args.arguments)?));
     }
-    if pod {
-        // The suites start it; cargo builds only their own package's programs.
-        compile::debug(&["interceptor"])?;
-        let mut suites_of_pods = pod_suites()?;
-        if args.which == Which::All {
-            suites_of_pods.push(PARITY.to_owned());
-        }
-        results.push(("pod", named_suites(&suites_of_pods, &args.arguments)?));
-    }
-    if node {
+    if !suites_of_pods.is_empty() {
+        // The suites start them; cargo builds only their own package's programs.
         compile::debug(&["interceptor", "interceptor-cni"])?;
-        results.push((
-            "daemon",
-            named_suites(&NODE.map(str::to_owned), &args.arguments)?,
-        ));
+        let targets: Vec<String> = suites_of_pods
+            .into_iter()
+            .flat_map(|suite| ["--test".to_owned(), suite])
+            .collect();
+        let name = if args.which == Which::Daemon {
+            DAEMON
+        } else {
+            "pod"
+        };
+        results.push((name, suites(&targets, &args.arguments)?));
     }
     let passed = results.iter().all(|(_, result)| result.passed());
     let parts: Vec<String> = results
@@ -185,7 +186,7 @@ impl fmt::Display for Comparisons {
 }
 
 /// The names of the suites that need pods, but for the longest, the one that compares
-/// with the mesh's own chains, and those of the node's daemon.
+/// with the mesh's own chains, and the one with podman's pods.
 pub(crate) fn pod_suites() -> Result<Vec<String>> {
     let directory = workspace().join("tests/tests");
     let mut suites = Vec::new();
@@ -198,7 +199,7 @@ pub(crate) fn pod_suites() -> Result<Vec<String>> {
             path.extension().and_then(|extension| extension.to_str()),
         ) && name != MODEL
             && name != PARITY
-            && !NODE.contains(&name)
+            && name != PODMAN
         {
             suites.push(name.to_owned());
         }
@@ -279,15 +280,6 @@ impl AddAssign for Counts {
         self.failed += other.failed;
         self.ignored += other.ignored;
     }
-}
-
-/// Runs these suites.
-fn named_suites(names: &[String], arguments: &[String]) -> Result<Outcome> {
-    let targets: Vec<String> = names
-        .iter()
-        .flat_map(|suite| ["--test".to_owned(), suite.clone()])
-        .collect();
-    suites(&targets, arguments)
 }
 
 /// Runs the tests of these targets to the end, shows what they print, and counts.
@@ -393,7 +385,7 @@ mod tests {
     fn the_suites_are_those_in_the_directory() {
         let suites = pod_suites().unwrap();
         assert!(suites.contains(&"reference".to_owned()), "{suites:?}");
-        for other in [MODEL, PARITY, NODE[0]] {
+        for other in [MODEL, PARITY, PODMAN] {
             assert!(!suites.contains(&other.to_owned()), "{other}");
         }
     }

@@ -904,7 +904,7 @@ impl Registry {
         match notice {
             Notice::Gone(numbers) => {
                 for name in self.with_numbers(|number| numbers.contains(&number)) {
-                    self.ended(&name);
+                    self.number_gone(&name);
                 }
             }
             Notice::Changed(numbers) => {
@@ -915,6 +915,28 @@ impl Registry {
                 self.follow_all(|_| true);
             }
         }
+    }
+
+    /// A number is given again as soon as it is free: the notice may be about the one
+    /// that had it before this pod's.
+    fn number_gone(&mut self, name: &str) {
+        let netns = self.netns_of(name);
+        let number = netns.as_ref().and_then(|netns| self.number(netns));
+        if netns.is_none() {
+            self.ended(name);
+        } else if let Some(Pod {
+            attachment: Some(attachment),
+            ..
+        }) = self.pods.get_mut(name)
+        {
+            attachment.number = number;
+        }
+    }
+
+    /// The network namespace of a pod that is attached.
+    fn netns_of(&self, name: &str) -> Option<Netns> {
+        let pod = self.pods.get(name)?;
+        self.find_netns(&pod.wanted, pod.attachment.as_ref()?.netns)
     }
 
     fn with_numbers(&self, which: impl Fn(NamespaceNumber) -> bool) -> Vec<String> {
@@ -930,12 +952,7 @@ impl Registry {
 
     fn follow_all(&mut self, which: impl Fn(NamespaceNumber) -> bool) {
         for name in self.with_numbers(which) {
-            let pod = &self.pods[&name];
-            let netns = pod
-                .attachment
-                .as_ref()
-                .and_then(|known| self.find_netns(&pod.wanted, known.netns));
-            match netns {
+            match self.netns_of(&name) {
                 Some(netns) => self.follow(&name, &netns),
                 None => debug!(pod = name, "its network namespace can't be found"),
             }
