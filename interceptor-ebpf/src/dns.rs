@@ -136,6 +136,10 @@ fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Redirect {
     if endpoint.port != DNS && previous.is_none() {
         return Redirect::No;
     }
+    if kernel::AFTER_ANOTHER.load() && endpoint.port != DNS {
+        // What the other one decided stands.
+        return Redirect::No;
+    }
     let source_was_chosen = matches!(previous, Some(origin) if origin.source_chosen != 0);
     let mut local = bound(sk);
     if source_was_chosen {

@@ -30,6 +30,12 @@ pub(crate) static HAS_INGRESS_IFINDEX: Global<bool> = Global::new(false);
 #[unsafe(no_mangle)]
 pub(crate) static PAGE_SIZE: Global<u32> = Global::new(0);
 
+/// Whether the same program runs before this one, on a cgroup below: while a pod
+/// is moved from a cgroup above its own to its own. Where it doesn't, the verifier
+/// removes the branch.
+#[unsafe(no_mangle)]
+pub(crate) static AFTER_ANOTHER: Global<bool> = Global::new(false);
+
 // Offsets in bytes of fields of kernel structures, from the kernel's BTF.
 #[unsafe(no_mangle)]
 static SOCK_SK_SOCKET: Global<u32> = Global::new(0);

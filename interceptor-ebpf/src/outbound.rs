@@ -130,6 +130,13 @@ fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Connect {
 
     // A socket may connect more than once: after a failure, or after AF_UNSPEC.
     let previous = origins::get(sk);
+    if kernel::AFTER_ANOTHER.load()
+        && matches!(previous, Some(origin) if origin.role == Role::Client as u32)
+        && listeners::proxy_port(settings, endpoint.port).is_some()
+    {
+        // What the other one decided stands.
+        return Connect::AsAsked;
+    }
     let mut local = bound(sk);
     let source_was_chosen = matches!(previous, Some(origin) if origin.source_chosen != 0);
     if source_was_chosen {

@@ -4,11 +4,15 @@
 mod attach;
 mod chains;
 mod check;
+mod cni_install;
+mod cni_uninstall;
+mod daemon;
 mod detach;
 mod explain;
 mod import;
 mod istio_iptables;
 mod logs;
+mod pods;
 mod proxy;
 mod set;
 mod settings;
@@ -33,8 +37,9 @@ use serde::Serialize;
 #[command(version, about, arg_required_else_help = true)]
 struct Cli {
     /// The directory on a BPF file system below which each pod's programs and maps are pinned.
-    #[arg(long, global = true, value_name = "DIR", default_value = DEFAULT_ROOT, env = "INTERCEPTOR_PINS")]
-    pins: PathBuf,
+    /// [default: /sys/fs/bpf/interceptor]
+    #[arg(long, global = true, value_name = "DIR", env = "INTERCEPTOR_PINS")]
+    pins: Option<PathBuf>,
 
     /// The form of what is printed.
     #[arg(
@@ -78,10 +83,18 @@ enum Command {
     /// Take the place of the mesh's own tool: the same flags and environment variables.
     #[command(name = "istio-iptables")]
     IstioIptables(istio_iptables::Args),
+    /// Install the CNI plugin on this node: its program, and its entry in the network's configuration.
+    CniInstall(cni_install::Args),
+    /// Remove the CNI plugin from this node.
+    CniUninstall(cni_uninstall::Args),
     /// Check whether this machine can run Interceptor, and what stands in its way.
     Check(check::Args),
     /// Follow what a pod's kernel programs log.
     Logs(logs::Args),
+    /// Look after all pods of this node, as its daemon.
+    Daemon(Box<daemon::Args>),
+    /// Show the pods that the daemon knows, and why those that aren't attached are not.
+    Pods(pods::Args),
     /// Run a small transparent TCP proxy on the ports that connections are redirected to.
     Proxy(proxy::Args),
 }
@@ -89,7 +102,7 @@ enum Command {
 /// Runs the command that the arguments name.
 pub(crate) fn main() -> ExitCode {
     let cli = Cli::parse();
-    let pins = Pins::at(cli.pins);
+    let pins = Pins::at(cli.pins.as_deref().unwrap_or(Path::new(DEFAULT_ROOT)));
     let result = match cli.command {
         Command::Attach(args) => attach::run(args, &pins, cli.output),
         Command::Set(args) => set::run(&args, &pins, cli.output),
@@ -99,8 +112,12 @@ pub(crate) fn main() -> ExitCode {
         Command::Explain(args) => explain::run(&args, &pins, cli.output),
         Command::Import(args) => import::run(&args, cli.output),
         Command::IstioIptables(args) => return istio_iptables::run(&args, &pins),
+        Command::CniInstall(args) => cni_install::run(args, cli.output),
+        Command::CniUninstall(args) => cni_uninstall::run(args, cli.output),
         Command::Check(args) => check::run(&args, cli.output),
         Command::Logs(args) => logs::run(&args, &pins),
+        Command::Daemon(args) => daemon::run(*args, cli.pins),
+        Command::Pods(args) => pods::run(&args, &pins, cli.output),
         Command::Proxy(args) => proxy::run(args, cli.output),
     };
     exit_code(result)

@@ -2,6 +2,7 @@
 //! all pinned, so that no process has to stay.
 
 mod additions;
+mod adopt;
 mod attach;
 mod bpf;
 mod explain;
@@ -13,14 +14,16 @@ mod policy;
 mod routes;
 mod view;
 
-pub use attach::{Attached, Request, attach, detach, need_root};
+pub use adopt::{Inspected, Version, inspect, move_to, upgrade};
+pub use attach::{Attached, Request, attach, detach, follow, need_root, remove_all_leftovers};
 pub use explain::{Explanation, Question, explain};
 pub use object::{
     ForeignProgram, LogLevel, ProgramSize, check_kernel_types, foreign_programs, load_only,
 };
-pub use pins::{DEFAULT_ROOT, Pins};
+pub use pins::{DEFAULT_ROOT, DaemonLock, Pins};
 pub use policy::{Change, set};
 pub use routes::has_ipv6;
 pub use view::{
-    ChainView, EventView, LinkView, ListenerView, PodView, RuleView, chains, pods, view,
+    ChainView, Counts, EventView, LinkView, ListenerView, PodView, RuleView, chains, counts, pods,
+    view,
 };

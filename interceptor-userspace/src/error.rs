@@ -201,6 +201,38 @@ pub enum Error {
         path: PathBuf,
     },
 
+    /// There is a daemon already.
+    #[error(
+        "a daemon looks after the pins below {root} already{}: stop it first, or name other \
+         --pins", pid.map(|pid| format!(" (process {pid})")).unwrap_or_default()
+    )]
+    DaemonRuns {
+        /// Its process, if it can be seen.
+        pid: Option<i32>,
+        /// The root of the pins.
+        root: PathBuf,
+    },
+
+    /// A pod that a version of Interceptor attached with whose state this one can
+    /// do nothing.
+    #[error(
+        "the pod {pod} was attached by {} version of Interceptor (its layout is {found}, this \
+         one's {ours}): {}", if found > ours { "a newer" } else { "an older" },
+        if found > ours {
+            "run that version again, or detach the pod and attach it with this one"
+        } else {
+            "detach it and attach it again, best while it is being replaced"
+        }
+    )]
+    Layout {
+        /// The pod's name.
+        pod: PodName,
+        /// The layout of its state.
+        found: u32,
+        /// The layout that this version reads.
+        ours: u32,
+    },
+
     /// The directory for pins can't be used.
     #[error("{path} is not on a BPF file system: mount one with `mount -t bpf bpf /sys/fs/bpf`")]
     NotBpffs {
@@ -210,6 +242,40 @@ pub enum Error {
 }
 
 impl Error {
+    /// What kind of error it is, in one word, for counting: the name of the kernel's
+    /// error, if it is one.
+    pub(crate) fn cause(&self) -> String {
+        let of = |source: &io::Error| {
+            source.raw_os_error().map_or_else(
+                || "io".to_owned(),
+                |errno| format!("{:?}", nix::errno::Errno::from_raw(errno)),
+            )
+        };
+        match self {
+            Self::System { source, .. } => of(source),
+            Self::NotNetns {
+                source: Some(source),
+                ..
+            } => of(source),
+            Self::PodName { .. } | Self::Setting { .. } => "setting".to_owned(),
+            Self::NotRoot => "not_root".to_owned(),
+            Self::NotCgroup2 { .. } | Self::RootCgroup { .. } => "cgroup".to_owned(),
+            Self::NotNetns { source: None, .. } | Self::HostNetns { .. } => "netns".to_owned(),
+            Self::Btf { .. } => "btf".to_owned(),
+            Self::Load(_) | Self::Program { .. } => "verifier".to_owned(),
+            Self::Exclusive { .. } => "exclusive".to_owned(),
+            Self::Map { .. } => "map".to_owned(),
+            Self::Netlink { .. } => "netlink".to_owned(),
+            Self::TooManyRoutes { .. } => "routes".to_owned(),
+            Self::AttachedOtherwise { .. } => "attached_otherwise".to_owned(),
+            Self::Damaged { .. } => "damaged".to_owned(),
+            Self::Layout { .. } => "layout".to_owned(),
+            Self::NotAttached { .. } => "not_attached".to_owned(),
+            Self::DaemonRuns { .. } => "daemon_runs".to_owned(),
+            Self::NotBpffs { .. } => "not_bpffs".to_owned(),
+        }
+    }
+
     /// A setting that can't be.
     pub(crate) fn setting(
         name: impl Into<String>,

@@ -351,7 +351,8 @@ impl FromStr for Mode {
 }
 
 /// The settings that something starts from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Profile {
     /// Those of the sidecar chains that Interceptor was made for.
     Default,

@@ -30,7 +30,7 @@ impl Cgroup {
     /// If there is no cgroup v2 tree or the directory can't be made.
     pub fn new(name: &str) -> Result<Self> {
         require_root()?;
-        let path = Self::mount()?.join(name);
+        let path = Self::mount()?.join(name.trim_start_matches('/'));
         fs::create_dir(&path).with_context(|| format!("make cgroup {}", path.display()))?;
         Ok(Self { path })
     }
@@ -41,18 +41,9 @@ impl Cgroup {
     ///
     /// If it isn't.
     pub fn mount() -> Result<PathBuf> {
-        let mounts = fs::read_to_string("/proc/self/mounts").context("read /proc/self/mounts")?;
-        mounts
-            .lines()
-            .filter_map(|line| {
-                let mut fields = line.split(' ').skip(1);
-                Some((fields.next()?, fields.next()?))
-            })
-            .find(|(_, kind)| *kind == "cgroup2")
-            .map(|(path, _)| PathBuf::from(path))
-            .context(
-                "no cgroup v2 tree: mount one (`mount -t cgroup2 none /sys/fs/cgroup/unified`)",
-            )
+        mounted("cgroup2")?.into_iter().next().context(
+            "no cgroup v2 tree: mount one (`mount -t cgroup2 none /sys/fs/cgroup/unified`)",
+        )
     }
 
     /// Its directory.
@@ -86,6 +77,25 @@ impl Cgroup {
     }
 }
 
+/// Where the cgroup trees of both versions are mounted.
+pub(crate) fn mounts() -> Result<Vec<PathBuf>> {
+    Ok([mounted("cgroup")?, mounted("cgroup2")?].concat())
+}
+
+/// Where file systems of this kind are mounted.
+fn mounted(kind: &str) -> Result<Vec<PathBuf>> {
+    let mounts = fs::read_to_string("/proc/self/mounts").context("read /proc/self/mounts")?;
+    Ok(mounts
+        .lines()
+        .filter_map(|line| {
+            let mut fields = line.split(' ').skip(1);
+            Some((fields.next()?, fields.next()?))
+        })
+        .filter(|(_, other)| *other == kind)
+        .map(|(path, _)| PathBuf::from(path))
+        .collect())
+}
+
 /// Kills the processes of the cgroup and of those below it.
 fn kill_all(path: &Path) -> Result<()> {
     let kill = path.join("cgroup.kill");
@@ -108,7 +118,7 @@ fn kill_all(path: &Path) -> Result<()> {
 }
 
 /// Removes the cgroup and those below it. (Its files go by themselves.)
-fn remove_tree(path: &Path) -> io::Result<()> {
+pub(crate) fn remove_tree(path: &Path) -> io::Result<()> {
     for entry in fs::read_dir(path)? {
         let entry = entry?;
         if entry.file_type()?.is_dir() {

@@ -2,8 +2,13 @@
 //! instructions each, loaded without a compiler.
 
 use std::{
+    ffi::CString,
     io,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::ffi::OsStrExt as _,
+    },
+    path::Path,
 };
 
 use anyhow::{Context, Result};
@@ -63,6 +68,27 @@ pub enum Sharing {
     Exclusive = 0,
     /// It runs together with others.
     Multi = 2,
+}
+
+/// Puts a program that lets all pass in the place of that of a pinned link.
+///
+/// # Errors
+///
+/// If the link can't be opened, or the kernel refuses the program.
+pub fn replace_program(link: &Path, hook: Hook) -> Result<()> {
+    let (program_type, attach_type) = hook.types();
+    let program = load("passes", program_type, attach_type, &[set(0, 1), exit()])
+        .with_context(|| format!("load a program for {hook:?}"))?;
+    let path = CString::new(link.as_os_str().as_bytes())?;
+    let mut attr = zeroed();
+    attr.__bindgen_anon_4.pathname = path.as_ptr().addr() as u64;
+    let link = bpf_fd(bpf_cmd::BPF_OBJ_GET, &mut attr)
+        .with_context(|| format!("open the link {}", link.display()))?;
+    let mut attr = zeroed();
+    attr.link_update.link_fd = number(link.as_fd());
+    attr.link_update.__bindgen_anon_1.new_prog_fd = number(program.as_fd());
+    bpf(bpf_cmd::BPF_LINK_UPDATE, &mut attr).context("replace the link's program")?;
+    Ok(())
 }
 
 /// A program on a cgroup that counts its calls and lets all pass. Detached when

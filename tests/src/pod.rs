@@ -77,9 +77,18 @@ impl Pod {
     ///
     /// If a namespace, the cable or the cgroup can't be made.
     pub fn new() -> Result<Self> {
+        Self::below("")
+    }
+
+    /// The same, with its cgroup in another one.
+    ///
+    /// # Errors
+    ///
+    /// If a namespace, the cable or the cgroup can't be made.
+    pub fn below(cgroup: &str) -> Result<Self> {
         let name = unique_name("interceptor-pod");
         let pod = Self {
-            cgroup: Cgroup::new(&name)?,
+            cgroup: Cgroup::new(&format!("{cgroup}/{name}"))?,
             netns: Netns::new(&name)?,
             peer: Netns::new(&format!("{name}-peer"))?,
         };

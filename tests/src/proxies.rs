@@ -51,7 +51,7 @@ impl Kind {
     /// # Errors
     ///
     /// If it isn't there.
-    pub(crate) fn binary(self) -> Result<PathBuf> {
+    pub fn binary(self) -> Result<PathBuf> {
         match self {
             Self::Embedded => workspace_binary("interceptor", "INTERCEPTOR_BIN"),
             Self::Envoy => find("envoy", "INTERCEPTOR_ENVOY").context(
@@ -75,7 +75,7 @@ impl Kind {
         Ok(match self {
             Self::Embedded => vec!["proxy".to_owned()],
             Self::Envoy => {
-                let path = configuration("envoy.yaml", include_str!("../proxies/envoy.yaml"))?;
+                let path = configuration("envoy.yaml", ENVOY)?;
                 let options = "--concurrency 2 --disable-hot-restart --log-level warning \
                                --file-flush-interval-msec 10 -c";
                 options
@@ -91,6 +91,9 @@ impl Kind {
         })
     }
 }
+
+/// The configuration with which Envoy is a sidecar.
+pub const ENVOY: &str = include_str!("../proxies/envoy.yaml");
 
 /// What a proxy does beyond a sidecar's work under REDIRECT. The embedded one has
 /// none of it.
@@ -140,7 +143,7 @@ impl Features {
 
 /// A program that isn't the workspace's: what the environment variable says,
 /// or on `PATH`, or in `tools` beside a build's files.
-fn find(name: &str, variable: &str) -> Option<PathBuf> {
+pub(crate) fn find(name: &str, variable: &str) -> Option<PathBuf> {
     if let Some(path) = env::var_os(variable) {
         return Some(path.into());
     }
@@ -166,7 +169,7 @@ pub struct Logged {
 impl Logged {
     /// Reads `outbound client=ADDRESS original_dst=ADDRESS ...`; other lines
     /// are no connection's.
-    fn parse(line: &str) -> Option<Self> {
+    pub fn parse(line: &str) -> Option<Self> {
         let mut words = line.split(' ');
         let port = match words.next()? {
             "outbound" => 15001,

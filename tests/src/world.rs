@@ -101,7 +101,15 @@ impl World {
     ///
     /// If something can't be made or started.
     pub fn new() -> Result<Self> {
-        let pod = Pod::new()?;
+        Self::of(Pod::new()?)
+    }
+
+    /// Starts all that is in a pod.
+    ///
+    /// # Errors
+    ///
+    /// If something can't be started.
+    pub fn of(pod: Pod) -> Result<Self> {
         let servers = [
             Agent::start(&pod, Host::Pod)?,
             Agent::start(&pod, Host::Peer)?,

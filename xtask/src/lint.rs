@@ -1,5 +1,6 @@
 //! `cargo xtask lint`: the format, clippy for the host and for the kernel
-//! programs, the documentation, and whether it all compiles for other machines.
+//! programs, the documentation, whether it all compiles for other machines, and what is
+//! deployed.
 //! A warning is an error.
 
 use std::{process::Command, time::Instant};
@@ -8,6 +9,7 @@ use anyhow::{Result, ensure};
 
 use crate::{
     compile::HOST,
+    deploy,
     process::{self, cargo},
     setup::{self, Need, toolchain},
 };
@@ -21,19 +23,25 @@ pub(crate) fn run() -> Result<()> {
     setup::ensure(&[Need::Kernel, Need::Clippy])?;
     let mut failed = Vec::new();
     for (what, mut command) in checks() {
-        let start = Instant::now();
-        let result = process::run(&mut command);
-        let time = start.elapsed().as_secs();
-        match result {
-            Ok(()) => println!("lint: {what}: ok, {time} s"),
-            Err(error) => {
-                eprintln!("lint: {what}: FAILED, {time} s: {error:#}");
-                failed.push(what);
-            }
-        }
+        check(what, &mut failed, || process::run(&mut command));
     }
+    check("chart, manifests and unit", &mut failed, deploy::check);
     ensure!(failed.is_empty(), "lint: failed: {}", failed.join(", "));
     Ok(())
+}
+
+/// Makes a check and says how it went.
+fn check(what: &'static str, failed: &mut Vec<&'static str>, check: impl FnOnce() -> Result<()>) {
+    let start = Instant::now();
+    let result = check();
+    let time = start.elapsed().as_secs();
+    match result {
+        Ok(()) => println!("lint: {what}: ok, {time} s"),
+        Err(error) => {
+            eprintln!("lint: {what}: FAILED, {time} s: {error:#}");
+            failed.push(what);
+        }
+    }
 }
 
 fn checks() -> [(&'static str, Command); 6] {

@@ -12,6 +12,7 @@ use clap::{Parser, Subcommand};
 
 mod bench;
 mod compile;
+mod deploy;
 mod lint;
 mod process;
 mod run;
@@ -36,14 +37,22 @@ enum Command {
     Build,
     /// Show Interceptor at work in a throwaway pod (needs root)
     Run(run::Args),
-    /// Run the tests (pod and all need root)
+    /// Run the tests (all but unit need root)
     Test(test::Args),
     /// Measure what interception costs (needs root; --help lists its flags)
     Bench(bench::Args),
     /// What the kernel programs cost each kernel's verifier, against the record
     Verifier(verifier::Args),
-    /// Check the format, the lints and the documentation
+    /// Check the format, the lints, the documentation and what is deployed
     Lint,
+    /// Write the plain manifests, deploy/kubernetes.yaml, from the Helm chart
+    Manifests,
+    /// Build the container image (with podman, buildah or docker), and print its name
+    Image {
+        /// Its name [default: interceptor:VERSION]
+        #[arg(long)]
+        tag: Option<String>,
+    },
 }
 
 fn main() -> Result<ExitCode> {
@@ -55,6 +64,8 @@ fn main() -> Result<ExitCode> {
         Command::Bench(args) => bench::bench(&args)?,
         Command::Verifier(args) => return verifier::run(&args),
         Command::Lint => lint::run()?,
+        Command::Manifests => deploy::write_manifests()?,
+        Command::Image { tag } => println!("{}", deploy::image(tag)?),
     }
     Ok(ExitCode::SUCCESS)
 }

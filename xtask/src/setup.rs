@@ -10,6 +10,7 @@ use crate::process::{find, is_root};
 mod apt;
 mod envoy;
 mod linker;
+pub(crate) mod python;
 pub(crate) mod toolchain;
 
 /// What a command can need.
@@ -33,6 +34,12 @@ pub(crate) enum Need {
     LoadGenerators,
     /// Virtual machines: QEMU, and what makes guests of packages.
     Qemu,
+    /// Podman and what its pods need: a runtime, CNI plugins, an image's programs.
+    Podman,
+    /// Helm's engine and Kubernetes' schemas.
+    Charts,
+    /// `systemd-analyze`.
+    Systemd,
     /// The file system for what the kernel keeps.
     Bpffs,
 }
@@ -59,6 +66,9 @@ pub(crate) const ALL: &[Need] = &[
     Need::Envoy,
     Need::LoadGenerators,
     Need::Qemu,
+    Need::Podman,
+    Need::Charts,
+    Need::Systemd,
     Need::Bpffs,
 ];
 
@@ -111,6 +121,10 @@ impl Need {
                 programs(&["sockperf"], "sockperf")
             }
             Self::Qemu => qemu(),
+            Self::Podman => podman(),
+            Self::Charts => python::ensure_charts()
+                .context("Helm's engine and Kubernetes' schemas, to check the chart with"),
+            Self::Systemd => programs(&["systemd-analyze"], "systemd"),
             Self::Bpffs => bpffs().context("a bpf file system at /sys/fs/bpf"),
         }
     }
@@ -125,6 +139,17 @@ fn qemu() -> Result<()> {
     programs(&["lz4"], "lz4")?;
     programs(&["xz"], "xz-utils")?;
     programs(&["zstd"], "zstd")
+}
+
+fn podman() -> Result<()> {
+    programs(&["podman"], "podman")?;
+    programs(&["runc"], "runc")?;
+    programs(&["busybox"], "busybox-static")?;
+    let plugins = ["/usr/lib/cni/ptp", "/opt/cni/bin/ptp"];
+    if plugins.iter().any(|path| Path::new(path).is_file()) {
+        return Ok(());
+    }
+    apt::install(&["containernetworking-plugins"]).context("the CNI plugin `ptp`")
 }
 
 /// Installs Debian's package if not all of its programs are there.

@@ -23,6 +23,11 @@ const MODEL: &str = "model";
 /// The suite that compares with the mesh's own chains.
 pub(crate) const PARITY: &str = "parity";
 
+/// The suite of the node's daemon.
+const DAEMON: &str = "daemon";
+/// The suite of the node's daemon and podman's pods, which no virtual machine has.
+const PODMAN: &str = "podman";
+
 /// What to test.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -55,6 +60,8 @@ enum Which {
     Pod,
     /// Only the suite that compares Interceptor with the mesh's own chains
     Parity,
+    /// Those of the node's daemon, also with podman's pods
+    Daemon,
     /// All of them
     All,
 }
@@ -72,35 +79,43 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     if !args.vm.is_empty() {
         return vm::test(&args.vm, &args.arguments);
     }
-    let (unit, pod) = match args.which {
+    let suites_of_pods: Vec<String> = match args.which {
         Which::Parity => return parity(args),
-        Which::Unit => (true, false),
-        Which::Pod => (false, true),
-        Which::All => (true, true),
+        Which::Unit => Vec::new(),
+        Which::Pod => pod_suites()?,
+        Which::Daemon => [DAEMON, PODMAN].map(str::to_owned).to_vec(),
+        Which::All => pod_suites()?
+            .into_iter()
+            .chain([PODMAN, PARITY].map(str::to_owned))
+            .collect(),
     };
-    if pod {
+    let mut needs = vec![Need::Kernel];
+    if !suites_of_pods.is_empty() {
         require_root()?;
-        setup::ensure(setup::PODS)?;
-    } else {
-        setup::ensure(&[Need::Kernel])?;
+        needs.extend(setup::PODS);
     }
+    if suites_of_pods.iter().any(|suite| suite == PODMAN) {
+        needs.push(Need::Podman);
+    }
+    setup::ensure(&needs)?;
     let mut results = Vec::new();
-    if unit {
+    if matches!(args.which, Which::Unit | Which::All) {
         let targets = ["--lib", "--bins", "--test", MODEL].map(str::to_owned);
         results.push(("unit", suites(&targets, &args.arguments)?));
     }
-    if pod {
-        // The suites start it; cargo builds only their own package's programs.
-        compile::debug(&["interceptor"])?;
-        let mut suites_of_pods = pod_suites()?;
-        if args.which == Which::All {
-            suites_of_pods.push(PARITY.to_owned());
-        }
+    if !suites_of_pods.is_empty() {
+        // The suites start them; cargo builds only their own package's programs.
+        compile::debug(&["interceptor", "interceptor-cni"])?;
         let targets: Vec<String> = suites_of_pods
             .into_iter()
             .flat_map(|suite| ["--test".to_owned(), suite])
             .collect();
-        results.push(("pod", suites(&targets, &args.arguments)?));
+        let name = if args.which == Which::Daemon {
+            DAEMON
+        } else {
+            "pod"
+        };
+        results.push((name, suites(&targets, &args.arguments)?));
     }
     let passed = results.iter().all(|(_, result)| result.passed());
     let parts: Vec<String> = results
@@ -170,8 +185,8 @@ impl fmt::Display for Comparisons {
     }
 }
 
-/// The names of the suites that need pods, but for the longest: the one that compares
-/// with the mesh's own chains.
+/// The names of the suites that need pods, but for the longest, the one that compares
+/// with the mesh's own chains, and the one with podman's pods.
 pub(crate) fn pod_suites() -> Result<Vec<String>> {
     let directory = workspace().join("tests/tests");
     let mut suites = Vec::new();
@@ -184,6 +199,7 @@ pub(crate) fn pod_suites() -> Result<Vec<String>> {
             path.extension().and_then(|extension| extension.to_str()),
         ) && name != MODEL
             && name != PARITY
+            && name != PODMAN
         {
             suites.push(name.to_owned());
         }
@@ -369,6 +385,8 @@ mod tests {
     fn the_suites_are_those_in_the_directory() {
         let suites = pod_suites().unwrap();
         assert!(suites.contains(&"reference".to_owned()), "{suites:?}");
-        assert!(!suites.contains(&MODEL.to_owned()) && !suites.contains(&PARITY.to_owned()));
+        for other in [MODEL, PARITY, PODMAN] {
+            assert!(!suites.contains(&other.to_owned()), "{other}");
+        }
     }
 }

@@ -76,6 +76,7 @@ pub(crate) fn run(args: Args, pins: &Pins, output: Output) -> anyhow::Result<()>
             settings: &settings,
             log_level: args.log_level.into(),
             allow_host: args.allow_host,
+            note: None,
         },
     )
     .with_context(|| format!("the pod {} is not attached", args.pod))?;

@@ -263,6 +263,7 @@ fn apply(args: &Args, pins: &Pins) -> anyhow::Result<()> {
             log_level: LogLevel::Off,
             // There, process 1 is the pod's own and says nothing of the machine.
             allow_host: in_container,
+            note: None,
         };
         match datapath::attach(pins, &request) {
             Err(Error::AttachedOtherwise {

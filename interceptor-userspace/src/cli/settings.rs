@@ -202,6 +202,19 @@ impl SettingsArgs {
         *self == Self::default()
     }
 
+    /// The profile that was given.
+    pub(super) fn profile(&self) -> Option<Profile> {
+        self.profile.map(Profile::from)
+    }
+
+    /// The same, whatever the profile.
+    pub(super) fn without_profile(self) -> Self {
+        Self {
+            profile: None,
+            ..self
+        }
+    }
+
     /// The settings that were given, over `base`, or over the profile if one was
     /// named.
     pub(super) fn over(&self, base: &Settings) -> anyhow::Result<Settings> {

@@ -19,10 +19,10 @@ use interceptor_common::{
 use super::{
     additions::{self, Additions},
     bpf::{self, Link},
-    object::{DNS_LINKS, Hook, LINKS, LogLevel, MAPS, Maps, Object, all_hooks},
-    pins::{self, Pins, Staging, link_pin},
+    object::{DNS_LINKS, Hook, LINKS, Loading, LogLevel, MAPS, Maps, Object, all_hooks},
+    pins::{self, NOTE, Pins, Staging, link_pin},
     plain::Plain,
-    policy::{self, Change},
+    policy,
     routes::{self, Routes, Tproxy},
     view::Opened,
 };
@@ -32,7 +32,7 @@ use crate::{
         PodName,
         cgroup::{self, Cgroup},
         listeners::{self, Listener},
-        netns::{Netns, NetnsId},
+        netns::Netns,
     },
     settings::Settings,
 };
@@ -53,6 +53,8 @@ pub struct Request<'a> {
     /// Whether the root cgroup and the machine's own network namespace are
     /// meant.
     pub allow_host: bool,
+    /// What who attaches wants to find again: pinned beside the rest.
+    pub note: Option<&'a str>,
 }
 
 /// How an attachment went.
@@ -89,10 +91,13 @@ pub fn attach(pins: &Pins, request: &Request<'_>) -> Result<Attached> {
         LINKS.iter().chain(dns.into_iter().flatten())
     };
     let mut object = Object::load(
-        request.netns.id(),
-        request.log_level,
-        Maps::New {
-            counters: policy::counters(settings),
+        Loading {
+            netns: request.netns.id(),
+            log_level: request.log_level,
+            maps: Maps::New {
+                counters: policy::counters(settings),
+            },
+            after_another: false,
         },
         hooks(),
     )?;
@@ -107,6 +112,10 @@ pub fn attach(pins: &Pins, request: &Request<'_>) -> Result<Attached> {
         })?;
     }
     policy::write_first(&mut object, &pins.attaching(request.pod), settings, &place)?;
+    if let Some(note) = request.note {
+        let path = staging.map(NOTE);
+        bpf::pin_text(note, &path).map_err(Error::system(format!("pinning {}", path.display())))?;
+    }
     let additions = Additions::add(request.netns, settings, missing)?;
     if additions.bits() != missing {
         write_attachment(&mut object, request, additions.bits())?;
@@ -191,10 +200,7 @@ fn take_apart(pod: &PodName, directory: &Path) -> Result<()> {
     }
     if let Some(opened) = opened
         && opened.attachment.added != 0
-        && let Some(netns) = Netns::find(NetnsId {
-            device: opened.attachment.netns_device,
-            inode: opened.attachment.netns_inode,
-        })
+        && let Some(netns) = Netns::find(opened.netns_id())
     {
         additions::remove(&netns, &opened.settings, opened.attachment.added)?;
     }
@@ -207,15 +213,9 @@ fn attach_again(request: &Request<'_>, directory: &Path) -> Result<Attached> {
     let opened = Opened::open(request.pod, directory)?;
     opened.check()?;
     let wanted = attachment(request, opened.attachment.added);
-    let differs = if opened.attachment.layout != wanted.layout {
-        Some("version of Interceptor")
-    } else if opened.attachment.cgroup_id != wanted.cgroup_id {
+    let differs = if opened.attachment.cgroup_id != wanted.cgroup_id {
         Some("cgroup")
-    } else if (
-        opened.attachment.netns_device,
-        opened.attachment.netns_inode,
-    ) != (wanted.netns_device, wanted.netns_inode)
-    {
+    } else if opened.netns_id() != request.netns.id() {
         Some("network namespace")
     } else if opened.attachment.log_level != wanted.log_level {
         Some("log level")
@@ -230,15 +230,51 @@ fn attach_again(request: &Request<'_>, directory: &Path) -> Result<Attached> {
             what,
         });
     }
-    let routes = routes::read(request.netns, Tproxy::of(request.settings))?;
-    let mut map: RoutesMap<MapData> = opened.map("ROUTES")?;
-    write_routes(&mut map, &routes)?;
     let listeners = opened.open_map("LISTENERS")?;
     let events = register_listeners(listeners.fd().as_fd(), request)?;
     count(&mut opened.map("COUNTERS")?, &events)?;
-    // Interfaces may have come and gone.
-    let _: Change = policy::change_to(&opened, request.settings)?;
+    read_surroundings(&opened, request.netns)?;
     Ok(Attached::Already)
+}
+
+/// Reads an attached pod's routes and interfaces anew: they have changed.
+///
+/// # Errors
+///
+/// If the pod isn't attached to `netns`, or they can't be read; what is known of
+/// them stays then.
+pub fn follow(pins: &Pins, pod: &PodName, netns: &Netns) -> Result<()> {
+    need_root()?;
+    let _lock = pins.lock()?;
+    let opened = Opened::of(pins, pod)?;
+    if opened.netns_id() != netns.id() {
+        return Err(opened.damaged("it is attached to another network namespace".to_owned()));
+    }
+    read_surroundings(&opened, netns)
+}
+
+fn read_surroundings(opened: &Opened, netns: &Netns) -> Result<()> {
+    let routes = routes::read(netns, Tproxy::of(&opened.settings))?;
+    let mut map: RoutesMap<MapData> = opened.map("ROUTES")?;
+    write_routes(&mut map, &routes)?;
+    // Interfaces may have come and gone.
+    policy::change_to(opened, &opened.settings).map(drop)
+}
+
+/// Removes what processes that were killed have left half made or half removed;
+/// says of which pods.
+///
+/// # Errors
+///
+/// If something can't be removed.
+pub fn remove_all_leftovers(pins: &Pins) -> Result<Vec<PodName>> {
+    need_root()?;
+    let _lock = pins.lock()?;
+    let pods = pins.leftovers()?;
+    for pod in &pods {
+        remove_leftovers(pins, pod)?;
+    }
+    Ok(pods)
 }
 
 /// Attaches the programs for DNS over UDP to a pod that is attached without them.
@@ -254,9 +290,12 @@ pub(crate) fn attach_dns(opened: &Opened, netns: &Netns) -> Result<()> {
         .ok_or_else(|| opened.damaged("its cgroup is gone".to_owned()))?;
     let cgroup = Cgroup::open(&path)?;
     let object = Object::load(
-        netns.id(),
-        LogLevel::from_number(opened.attachment.log_level),
-        Maps::Pinned(&opened.directory),
+        Loading {
+            netns: netns.id(),
+            log_level: LogLevel::from_number(opened.attachment.log_level),
+            maps: Maps::Pinned(&opened.directory),
+            after_another: false,
+        },
         missing.iter().copied(),
     )?;
     for hook in missing {

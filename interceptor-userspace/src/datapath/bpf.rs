@@ -70,6 +70,15 @@ impl Link {
         pin(self.0.as_fd(), path)
     }
 
+    /// Puts `program` in the place of the one that is attached, at once
+    /// (`BPF_LINK_UPDATE`, Linux 5.7).
+    pub(crate) fn update(&self, program: BorrowedFd<'_>) -> io::Result<()> {
+        let mut attr = zeroed_attr();
+        attr.link_update.link_fd = fd_number(self.0.as_fd());
+        attr.link_update.__bindgen_anon_1.new_prog_fd = fd_number(program);
+        bpf(bpf_cmd::BPF_LINK_UPDATE, &mut attr).map(drop)
+    }
+
     /// Detaches the program at once (`BPF_LINK_DETACH`, Linux 5.9). Without it,
     /// the kernel detaches some time after the last pin is gone.
     pub(crate) fn detach(&self) -> io::Result<()> {
@@ -225,6 +234,13 @@ pub(crate) fn load_program(program: &NewProgram<'_>) -> Result<OwnedFd, (io::Err
         let log = CStr::from_bytes_until_nul(&log).unwrap_or_default();
         (error, log.to_string_lossy().into_owned())
     })
+}
+
+/// Opens a program by the kernel's number of it (`BPF_PROG_GET_FD_BY_ID`).
+pub(crate) fn program_by_id(id: u32) -> io::Result<OwnedFd> {
+    let mut attr = zeroed_attr();
+    attr.__bindgen_anon_6.__bindgen_anon_1.prog_id = id;
+    bpf_fd(bpf_cmd::BPF_PROG_GET_FD_BY_ID, &mut attr)
 }
 
 /// What the kernel says of a program (`BPF_OBJ_GET_INFO_BY_FD`).

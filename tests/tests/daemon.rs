@@ -1,0 +1,902 @@
+//! The node's daemon: pods from their first packet to their last, through crashes.
+//!
+//! With the harness' own pods. Real pods of podman, with the CNI chain, are
+//! another suite's.
+
+use std::{
+    fs,
+    io::{Read as _, Write as _},
+    net::{Ipv4Addr, SocketAddr},
+    os::unix::{fs::PermissionsExt as _, net::UnixStream},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use interceptor_tests::{
+    bpf::{self, Id},
+    cgroup::Cgroup,
+    cli::{Cli, run_json},
+    command::{run, unique_name, wait_until},
+    daemon::{Daemon, LIMIT},
+    flood::{Clients, Connect, Serve, Server},
+    foreign::{Counter, Hook, Sharing, replace_program},
+    inside::Inside,
+    interception::interceptor,
+    pod::{Credentials, Host, Pod},
+    world::{
+        APP, EVERYWHERE, INBOUND, OUTBOUND, Way, World, assert_direct, assert_served, objects,
+    },
+};
+use interceptor_userspace::api::{Answer, CniAttachment, CniPod, MAX_MESSAGE, PodState, Request};
+use proptest::{prelude::*, test_runner::TestRunner};
+
+/// All directories below the root of pins but the daemon's own.
+fn directories(cli: &Cli) -> Result<Vec<String>> {
+    Ok(cli
+        .directories()?
+        .into_iter()
+        .filter(|name| name != "+daemon")
+        .collect())
+}
+
+fn assert_nothing_left(cli: &Cli, pod: &Pod, objects: &[Id]) -> Result<()> {
+    let directories = directories(cli)?;
+    ensure!(directories.is_empty(), "pins stay behind: {directories:?}");
+    let addresses = pod.netns().ip("-6 addr show dev lo")?;
+    ensure!(!addresses.contains("::6/128"), "::6 stays behind on lo");
+    bpf::wait_until_gone(objects)
+}
+
+fn cni(container_id: &str, pod: &Pod) -> CniPod {
+    CniPod {
+        attachment: CniAttachment {
+            container_id: container_id.to_owned(),
+            interface: "eth0".to_owned(),
+        },
+        netns: pod.netns().path(),
+        namespace: Some("default".to_owned()),
+        name: Some("web".to_owned()),
+        uid: None,
+        annotations: None,
+        args: String::new(),
+    }
+}
+
+#[test]
+fn a_pod_file_attaches_a_pod_and_its_end_detaches_it() -> Result<()> {
+    let world = World::new()?;
+    let daemon = Daemon::start(&world.cli, "")?;
+    let _proxy = world.start_proxy(&EVERYWHERE)?;
+    world.assert_left_alone()?;
+
+    daemon.write_pod(&world.pod)?;
+    let pod = daemon.wait_for(world.name(), PodState::Attached)?;
+    ensure!(pod.source == "directory", "{pod:?}");
+    ensure!(pod.cgroup.as_deref() == Some(world.pod.cgroup().path()));
+    let objects = objects(&world.cli, world.name())?;
+    let mut live = world.assert_intercepted()?;
+
+    daemon.remove_file(world.name())?;
+    daemon.wait_until_gone(world.name())?;
+    assert_nothing_left(&world.cli, &world.pod, &objects)?;
+    world.assert_left_alone()?;
+    for conversation in &mut live {
+        conversation.echo()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_changed_file_changes_the_pod_and_a_broken_one_does_not() -> Result<()> {
+    let world = World::new()?;
+    let daemon = Daemon::start(&world.cli, "")?;
+    let _proxy = world.start_proxy(&EVERYWHERE)?;
+    daemon.write_pod(&world.pod)?;
+    daemon.wait_for(world.name(), PodState::Attached)?;
+    let objects_before = objects(&world.cli, world.name())?;
+    let [to, _] = Way::Out.destinations();
+    assert_served(Way::Out, &world.app, to)?;
+
+    let path = daemon
+        .pods_directory()
+        .join(format!("{}.toml", world.name()));
+    let text = fs::read_to_string(&path)?;
+    daemon.write_file(
+        world.name(),
+        &format!(
+            "{text}[annotations]\n'traffic.sidecar.istio.io/excludeOutboundPorts' = '{}'\n",
+            to.port()
+        ),
+    )?;
+    wait_until("the port is left alone", LIMIT, || {
+        Ok(assert_direct("PEER", &world.app, to).ok())
+    })?;
+    ensure!(objects(&world.cli, world.name())? == objects_before);
+
+    for broken in [
+        "cgroup = ",
+        "",
+        "[annotations]\n'traffic.sidecar.istio.io/x' = 'y'",
+    ] {
+        daemon.write_file(world.name(), &format!("{text}{broken}\nnonsense = 1\n"))?;
+        wait_until("the error is told", LIMIT, || {
+            let pod = daemon.pod(world.name())?.context("forgotten")?;
+            Ok(pod.because.map(|_| ()))
+        })?;
+        ensure!(
+            daemon.wait_for(world.name(), PodState::Attached).is_ok(),
+            "{broken}"
+        );
+        assert_direct("PEER", &world.app, to)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_cgroup_that_matches_a_pattern_is_a_pod() -> Result<()> {
+    let world = World::new()?;
+    let settings = format!("select = 'all'\ncgroups = ['/{}']", world.name());
+    let daemon = Daemon::start(&world.cli, &settings)?;
+    let _proxy = world.start_proxy(&EVERYWHERE)?;
+    let pod = wait_until("the pod is attached", LIMIT, || {
+        Ok(daemon
+            .pods()?
+            .into_iter()
+            .find(|pod| pod.state == PodState::Attached))
+    })
+    .with_context(|| daemon.log())?;
+    ensure!(
+        pod.source == "cgroups" && pod.pod.starts_with(world.name()),
+        "{pod:?}"
+    );
+    world.assert_intercepted()?;
+    Ok(())
+}
+
+#[test]
+fn one_that_appears_later_is_attached_when_it_has_processes_and_detached_when_it_is_gone()
+-> Result<()> {
+    let (parent, cli) = (Cgroup::new(&unique_name("interceptor-pods"))?, Cli::new()?);
+    let parent_name = parent.path().file_name().context("no name")?;
+    let parent_name = parent_name.to_string_lossy().into_owned();
+    let settings = format!("select = 'all'\ncgroups = ['/{parent_name}/*']");
+    let daemon = Daemon::start(&cli, &settings)?;
+    let world = World::of(Pod::below(&parent_name)?)?;
+    let _proxy = world.start_proxy(&EVERYWHERE)?;
+    let attached = || -> Result<_> {
+        Ok(daemon
+            .pods()?
+            .into_iter()
+            .find(|pod| pod.state == PodState::Attached))
+    };
+    let pod = wait_until("the pod is attached", LIMIT, attached).with_context(|| daemon.log())?;
+    let objects = objects(&cli, &pod.pod)?;
+    world.assert_intercepted()?;
+    drop((_proxy, world));
+    daemon.wait_until_gone(&pod.pod)?;
+    ensure!(directories(&cli)?.is_empty());
+    bpf::wait_until_gone(&objects)
+}
+
+#[test]
+fn pods_that_are_not_for_it_are_left_alone_and_it_says_why() -> Result<()> {
+    let (pod, cli) = (Pod::new()?, Cli::new()?);
+    let settings = format!("cgroups = ['/{}']", pod.name());
+    let daemon = Daemon::start(&cli, &settings)?;
+    daemon.write_file(
+        "host",
+        &format!(
+            "cgroup = '{}'\nnetns = '/proc/self/ns/net'\n",
+            pod.cgroup().path().display()
+        ),
+    )?;
+    let why = |name: &str| -> Result<String> {
+        let status = daemon.wait_for(name, PodState::LeftAlone)?;
+        status.because.context("no reason")
+    };
+    ensure!(why("host")?.contains("machine's own network"));
+    let of_cgroup = || -> Result<String> {
+        let pods = daemon.pods()?;
+        let pod = pods.iter().find(|pod| pod.source == "cgroups");
+        Ok(pod.and_then(|pod| pod.because.clone()).unwrap_or_default())
+    };
+    ensure!(of_cgroup()?.contains("no process"), "{}", of_cgroup()?);
+    // No process of the proxy's uid runs in it.
+    let _app = Inside::start(&pod, Host::Pod, APP)?;
+    wait_until("it is told that it has no proxy", LIMIT, || {
+        Ok(of_cgroup()?.contains("no proxy").then_some(()))
+    })?;
+    let _proxy = Inside::start(&pod, Host::Pod, Credentials::PROXY)?;
+    wait_until("it has one", LIMIT, || {
+        let pods = daemon.pods()?;
+        Ok(pods
+            .iter()
+            .any(|pod| pod.state == PodState::Attached)
+            .then_some(()))
+    })
+    .with_context(|| daemon.log())?;
+
+    let other = Pod::new()?;
+    for (request, because) in [
+        (
+            CniPod {
+                namespace: Some("kube-system".to_owned()),
+                ..cni("a", &other)
+            },
+            "kube-system",
+        ),
+        (cni("a", &other), "annotations aren't known"),
+        (
+            CniPod {
+                annotations: Some([].into()),
+                ..cni("a", &other)
+            },
+            "no proxy",
+        ),
+        (
+            CniPod {
+                annotations: Some([("sidecar.istio.io/status".to_owned(), "{}".to_owned())].into()),
+                netns: "/proc/self/ns/net".into(),
+                ..cni("a", &other)
+            },
+            "machine's own network",
+        ),
+    ] {
+        let answer = daemon.ask(&Request::CniAdd(request.clone()))?;
+        let Answer::LeftAlone { because: said } = &answer else {
+            bail!("{request:?}: {answer:?}");
+        };
+        ensure!(said.contains(because), "{said}");
+        ensure!(daemon.ask(&Request::CniCheck(request))? == answer);
+    }
+    ensure!(daemon.ask(&Request::CniDel(cni("a", &other).attachment))? == Answer::Done);
+    ensure!(daemon.pod("default_web_a")?.is_none());
+    Ok(())
+}
+
+/// A parent for pods' cgroups, and its name below the tree.
+fn parent() -> Result<(Cgroup, String)> {
+    let name = unique_name("interceptor-parent");
+    Ok((Cgroup::new(&name)?, name))
+}
+
+#[test]
+fn cni_add_returns_when_the_pod_is_intercepted_though_its_cgroup_is_not_there_yet() -> Result<()> {
+    const CONNECTIONS: usize = 20_000;
+    let (parent, parent_name) = parent()?;
+    let world = World::of(Pod::below(&parent_name)?)?;
+    let settings = format!("select = 'all'\ncgroup-parent = '/{parent_name}'");
+    let daemon = Daemon::start(&world.cli, &settings)?;
+    let request = cni("0123456789abcdef", &world.pod);
+    let answer = daemon.ask(&Request::CniAdd(request.clone()))?;
+    let Answer::Attached { pod } = answer else {
+        bail!("{answer:?}\n{}", daemon.log());
+    };
+    // On the cgroup in which the pod's own will be made.
+    let status = daemon.wait_for(&pod, PodState::Attached)?;
+    ensure!(
+        status.cgroup.as_deref() == Some(parent.path()),
+        "{status:?}"
+    );
+    ensure!(
+        daemon.ask(&Request::CniAdd(request.clone()))? == Answer::Attached { pod: pod.clone() }
+    );
+    ensure!(
+        daemon.ask(&Request::CniCheck(request.clone()))? == Answer::Attached { pod: pod.clone() }
+    );
+
+    let serve = Serve {
+        addresses: [OUTBOUND, INBOUND]
+            .map(|port| SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)))
+            .to_vec(),
+        acceptors: 2,
+        backlog: 4096,
+        wait: false,
+    };
+    let proxy = Server::start(&world.pod, Host::Pod, Credentials::PROXY, serve)?;
+    let clients = Clients::start(&world.pod, Host::Pod, APP, outbound(CONNECTIONS))?;
+    // The runtime makes the container's cgroup, while connections are made.
+    thread::sleep(Duration::from_millis(200));
+    let container = world.pod.cgroup().path().join("libpod-0123456789abcdef");
+    fs::create_dir(&container)?;
+    wait_until("it is moved to its own cgroup", LIMIT, || {
+        let status = daemon.pod(&pod)?.context("gone")?;
+        Ok((status.cgroup.as_deref() == Some(world.pod.cgroup().path())).then_some(()))
+    })
+    .with_context(|| daemon.log())?;
+    let tally = clients.tally()?;
+    ensure!(
+        (tally.right, tally.wrong, tally.failed) == (CONNECTIONS, 0, 0),
+        "{tally:?}"
+    );
+    drop(proxy);
+    let _proxy = world.start_proxy(&EVERYWHERE)?;
+    world.assert_intercepted()?;
+    ensure!(
+        daemon.ask(&Request::CniCheck(request.clone()))? == Answer::Attached { pod: pod.clone() }
+    );
+
+    let objects = objects(&world.cli, &pod)?;
+    // Another interface of the same container is no reason to detach it.
+    let mut second = request.attachment.clone();
+    second.interface = "net1".to_owned();
+    ensure!(daemon.ask(&Request::CniDel(second))? == Answer::Done);
+    world.assert_intercepted()?;
+    ensure!(daemon.ask(&Request::CniDel(request.attachment.clone()))? == Answer::Done);
+    assert_nothing_left(&world.cli, &world.pod, &objects)?;
+    ensure!(daemon.ask(&Request::CniDel(request.attachment))? == Answer::Done);
+    Ok(())
+}
+
+#[test]
+fn gc_detaches_what_is_not_valid_and_a_pod_that_can_not_be_attached_is_refused() -> Result<()> {
+    let (_parent, parent_name) = parent()?;
+    let (pods, cli) = ([Pod::new()?, Pod::new()?], Cli::new()?);
+    let settings = format!("select = 'all'\ncgroup-parent = '/{parent_name}'");
+    let mut daemon = Daemon::start(&cli, &settings)?;
+    for (id, pod) in ["first", "second"].iter().zip(&pods) {
+        let answer = daemon.ask(&Request::CniAdd(cni(id, pod)))?;
+        ensure!(matches!(answer, Answer::Attached { .. }), "{answer:?}");
+    }
+    ensure!(daemon.ask(&Request::CniStatus)? == Answer::Done);
+    let valid = vec![cni("second", &pods[1]).attachment];
+    // Also after a crash.
+    daemon.kill()?;
+    daemon.restart(&cli)?;
+    ensure!(daemon.ask(&Request::CniGc { valid })? == Answer::Done);
+    ensure!(
+        directories(&cli)? == ["default_web_second"],
+        "{:?}",
+        directories(&cli)?
+    );
+
+    let gone = CniPod {
+        netns: "/run/netns/no-such-pod".into(),
+        ..cni("third", &pods[0])
+    };
+    let answer = daemon.ask(&Request::CniAdd(gone.clone()))?;
+    ensure!(
+        matches!(&answer, Answer::Refused { error, .. } if error.contains("no-such-pod")),
+        "{answer:?}"
+    );
+    ensure!(directories(&cli)?.len() == 1);
+    let answer = daemon.ask(&Request::CniAdd(cni("../x", &pods[0])))?;
+    ensure!(matches!(answer, Answer::Refused { .. }), "{answer:?}");
+
+    daemon.stop()?;
+    let config = fs::read_to_string(daemon.config())?;
+    fs::write(daemon.config(), format!("on-failure = 'pass'\n{config}"))?;
+    daemon.restart(&cli)?;
+    let answer = daemon.ask(&Request::CniAdd(gone))?;
+    ensure!(
+        matches!(&answer, Answer::LeftAlone { because } if because.contains("no-such-pod")),
+        "{answer:?}"
+    );
+    Ok(())
+}
+
+fn outbound(connections: usize) -> Connect {
+    Connect {
+        connections,
+        threads: 2,
+        address: Ipv4Addr::new(203, 0, 113, 1).into(),
+        addresses: 250,
+        port: 1000,
+        ports: 40,
+        timeout: LIMIT,
+        keep: false,
+    }
+}
+
+#[test]
+fn killed_under_load_no_connection_is_misdirected() -> Result<()> {
+    const CONNECTIONS: usize = 60_000;
+    let (pod, cli) = (Pod::new()?, Cli::new()?);
+    let mut daemon = Daemon::start(&cli, "")?;
+    daemon.write_pod(&pod)?;
+    daemon.wait_for(pod.name(), PodState::Attached)?;
+    let before = objects(&cli, pod.name())?;
+    let serve = Serve {
+        addresses: vec![(Ipv4Addr::UNSPECIFIED, OUTBOUND).into()],
+        acceptors: 2,
+        backlog: 4096,
+        wait: false,
+    };
+    let _proxy = Server::start(&pod, Host::Pod, Credentials::PROXY, serve)?;
+    let clients = Clients::start(&pod, Host::Pod, APP, outbound(CONNECTIONS))?;
+    // While it starts, adopts and follows, at other moments each time.
+    for round in 0..12 {
+        daemon.kill()?;
+        if round % 3 == 0 {
+            daemon.restart(&cli)?;
+            pod.netns().ip("addr add 10.99.0.1/32 dev lo")?;
+            pod.netns().ip("addr del 10.99.0.1/32 dev lo")?;
+        } else {
+            daemon.restart_soon(&cli)?;
+        }
+        thread::sleep(Duration::from_millis(17 * round));
+    }
+    daemon.kill()?;
+    daemon.restart(&cli)?;
+    let tally = clients.tally()?;
+    ensure!(
+        (tally.right, tally.wrong, tally.failed) == (CONNECTIONS, 0, 0),
+        "{tally:?}"
+    );
+    ensure!(objects(&cli, pod.name())? == before, "it was not adopted");
+    Ok(())
+}
+
+#[test]
+fn killed_while_it_attaches_or_detaches_it_leaves_nothing_half() -> Result<()> {
+    let world = World::new()?;
+    let _proxy = world.start_proxy(&EVERYWHERE)?;
+    let mut daemon = Daemon::start(&world.cli, "")?;
+    let mut half = 0;
+    for round in 0..30_u32 {
+        let wanted = round % 2 == 0;
+        if wanted {
+            daemon.write_pod(&world.pod)?;
+        } else {
+            daemon.remove_file(world.name())?;
+        }
+        // Changes are gathered for 20 ms; attaching takes longer than detaching.
+        let spread = if wanted { 7 } else { 1 };
+        thread::sleep(Duration::from_millis(18) + Duration::from_millis(spread) * (round / 2));
+        daemon.kill()?;
+        half += u32::from(
+            directories(&world.cli)?
+                .iter()
+                .any(|name| name.contains('+')),
+        );
+        daemon.restart(&world.cli)?;
+        let context = || format!("round {round}\n{}", daemon.log());
+        if wanted {
+            daemon.wait_for(world.name(), PodState::Attached)?;
+            ensure!(directories(&world.cli)? == [world.name()], "{}", context());
+            world.assert_intercepted().with_context(context)?;
+        } else {
+            daemon.wait_until_gone(world.name())?;
+            ensure!(directories(&world.cli)?.is_empty(), "{}", context());
+            world.assert_left_alone().with_context(context)?;
+        }
+    }
+    // Else none of the moments was one of those that are meant.
+    ensure!(half > 0, "never killed half way");
+    Ok(())
+}
+
+#[test]
+fn what_fails_leaves_nothing_and_succeeds_when_the_cause_is_gone() -> Result<()> {
+    let world = World::new()?;
+    let daemon = Daemon::start(&world.cli, "")?;
+    let _proxy = world.start_proxy(&EVERYWHERE)?;
+    let because = |daemon: &Daemon| -> Result<String> {
+        let pod = daemon.wait_for(world.name(), PodState::Failed)?;
+        pod.because.context("no reason")
+    };
+    let path = world.pod.cgroup().path().display();
+    let netns = world.pod.netns().path();
+
+    // A cgroup that isn't there.
+    daemon.write_file(
+        world.name(),
+        &format!("cgroup = '{path}/none'\nnetns = '{}'\n", netns.display()),
+    )?;
+    let why = because(&daemon)?;
+    ensure!(why.contains("no such directory"), "{why}");
+    ensure!(directories(&world.cli)?.is_empty());
+    fs::create_dir(world.pod.cgroup().path().join("none"))?;
+    daemon.wait_for(world.name(), PodState::Attached)?;
+    daemon.remove_file(world.name())?;
+    daemon.wait_until_gone(world.name())?;
+
+    // A network namespace that isn't there.
+    daemon.write_file(
+        world.name(),
+        &format!("cgroup = '{path}'\nnetns = '{}-none'\n", netns.display()),
+    )?;
+    let why = because(&daemon)?;
+    ensure!(why.contains("is no network namespace"), "{why}");
+
+    // A process that is in another cgroup.
+    let file = format!("cgroup = '{path}/none'\nnetns = {}\n", world.app.pid());
+    daemon.write_file(world.name(), &file)?;
+    wait_until("the other process is told", LIMIT, || {
+        Ok(because(&daemon)?.contains("is no process").then_some(()))
+    })?;
+
+    // Somebody who admits no other program.
+    let foreign = Counter::attach(
+        "exclusive",
+        Hook::Connect4,
+        fs::File::open(world.pod.cgroup().path())?,
+        Sharing::Exclusive,
+    )?;
+    daemon.write_pod(&world.pod)?;
+    wait_until("who is in the way is told", LIMIT, || {
+        Ok(because(&daemon)?.contains("admits no other").then_some(()))
+    })?;
+    ensure!(directories(&world.cli)?.is_empty());
+    world.assert_left_alone()?;
+    drop(foreign);
+    daemon.wait_for(world.name(), PodState::Attached)?;
+    world.assert_intercepted()?;
+    Ok(())
+}
+
+#[test]
+fn other_programs_than_its_own_are_replaced_when_it_takes_a_pod_over() -> Result<()> {
+    let world = World::new()?;
+    let _proxy = world.start_proxy(&EVERYWHERE)?;
+    let mut daemon = Daemon::start(&world.cli, "")?;
+    daemon.write_pod(&world.pod)?;
+    daemon.wait_for(world.name(), PodState::Attached)?;
+    let mut live = world.assert_intercepted()?;
+    daemon.stop()?;
+    // In the place of an older version: a program that lets all pass.
+    let [to, _] = Way::Out.destinations();
+    let link = world.cli.pins().join(world.name()).join("links/connect4");
+    replace_program(&link, Hook::Connect4)?;
+    assert_direct("PEER", &world.app, to)?;
+    let links = |status: &serde_json::Value| status["links"].to_string();
+    let old = links(&world.cli.status(world.name())?);
+
+    daemon.restart(&world.cli)?;
+    assert_served(Way::Out, &world.app, to)?;
+    let new = links(&world.cli.status(world.name())?);
+    ensure!(old != new, "{new}");
+    let (_, metrics) = daemon.http("/metrics")?;
+    ensure!(
+        metrics.contains("interceptor_pods_upgraded_total 1\n"),
+        "{metrics}"
+    );
+    for conversation in &mut live {
+        conversation.echo()?;
+    }
+    // Its own are left as they are.
+    daemon.stop()?;
+    daemon.restart(&world.cli)?;
+    ensure!(links(&world.cli.status(world.name())?) == new);
+    Ok(())
+}
+
+#[test]
+fn without_bpffs_it_does_not_start() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let output = interceptor()?
+        .arg("--pins")
+        .arg(directory.path().join("pins"))
+        .args(["daemon", "--metrics", "127.0.0.1:0", "--socket"])
+        .arg(directory.path().join("socket"))
+        .output()?;
+    let error = String::from_utf8_lossy(&output.stderr);
+    ensure!(
+        output.status.code() == Some(1) && error.contains("not on a BPF file system"),
+        "{error}"
+    );
+    Ok(())
+}
+
+#[test]
+fn there_is_one_daemon() -> Result<()> {
+    let cli = Cli::new()?;
+    let mut daemon = Daemon::start(&cli, "")?;
+    let output = daemon.command(&cli)?.output()?;
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    let pid = daemon.pid()?;
+    ensure!(
+        output.status.code() == Some(1) && error.contains(&format!("process {pid})")),
+        "{error}"
+    );
+    // The first one is none the worse for it.
+    ensure!(daemon.status()?.pid == u32::try_from(pid)?);
+    daemon.stop()?;
+    ensure!(!cli.pins().exists(), "the lock stays behind");
+    daemon.restart(&cli)
+}
+
+#[test]
+fn what_was_attached_by_hand_is_followed_and_left_to_the_hand() -> Result<()> {
+    let world = World::new()?;
+    let _proxy = world.start_proxy(&EVERYWHERE)?;
+    world.cli.attach(&world.pod)?;
+    let mut daemon = Daemon::start(&world.cli, "")?;
+    let pod = daemon.wait_for(world.name(), PodState::Attached)?;
+    ensure!(pod.source == "command", "{pod:?}");
+
+    // An address of the pod's own: connections to it aren't captured.
+    let added = SocketAddr::new(Ipv4Addr::new(10, 78, 0, 2).into(), 8080);
+    world
+        .pod
+        .netns()
+        .ip(&format!("addr add {}/24 dev eth0", added.ip()))?;
+    wait_until("the new address is followed", LIMIT, || {
+        Ok(assert_direct("APP", &world.app, added).ok())
+    })?;
+    daemon.stop()?;
+    world.assert_intercepted()?;
+    daemon.restart(&world.cli)?;
+    world.cli.detach(world.name())?;
+    world.assert_left_alone()
+}
+
+#[test]
+fn a_pod_that_ends_without_a_word_is_detached() -> Result<()> {
+    let cli = Cli::new()?;
+    let daemon = Daemon::start(&cli, "")?;
+    let pod = Pod::new()?;
+    let name = pod.name().to_owned();
+    daemon.write_pod(&pod)?;
+    daemon.wait_for(&name, PodState::Attached)?;
+    let objects = objects(&cli, &name)?;
+    drop(pod);
+    // Nothing that the daemon holds keeps the namespace alive.
+    daemon.wait_for(&name, PodState::Failed)?;
+    ensure!(directories(&cli)?.is_empty());
+    bpf::wait_until_gone(&objects)
+}
+
+#[test]
+fn what_it_says_with_metrics_is_what_happened() -> Result<()> {
+    let world = World::new()?;
+    let daemon = Daemon::start(&world.cli, "")?;
+    daemon.write_pod(&world.pod)?;
+    daemon.wait_for(world.name(), PodState::Attached)?;
+    let _proxy = world.start_proxy(&EVERYWHERE)?;
+    let metrics = || -> Result<String> {
+        let (status, text) = daemon.http("/metrics")?;
+        ensure!(status == 200, "{status}: {text}");
+        Ok(text)
+    };
+    let value = |text: &str, parts: &[&str]| -> Result<f64> {
+        text.lines()
+            .find(|line| !line.starts_with('#') && parts.iter().all(|part| line.contains(part)))
+            .and_then(|line| line.rsplit(' ').next()?.parse().ok())
+            .with_context(|| format!("no {parts:?} in\n{text}"))
+    };
+    let rule = [
+        "interceptor_verdicts_total",
+        world.name(),
+        "chain=\"ISTIO_OUTPUT\"",
+        "rule=\"9\"",
+    ];
+    let before = value(&metrics()?, &rule)?;
+    let [to, _] = Way::Out.destinations();
+    assert_served(Way::Out, &world.app, to)?;
+    let text = metrics()?;
+    ensure!(value(&text, &rule)? == before + 1.0);
+    ensure!(value(&text, &["interceptor_attach_seconds_count"])? == 1.0);
+    ensure!(value(&text, &["interceptor_pods{", "attached"])? == 1.0);
+    ensure!(value(&text, &["interceptor_listeners{", "outbound"])? == 2.0);
+    ensure!(text.contains("interceptor_build_info{version="));
+    ensure!(text.ends_with("# EOF\n"));
+    ensure!(daemon.http("/healthz")?.0 == 200);
+    ensure!(daemon.http("/readyz")?.0 == 200);
+    ensure!(daemon.http("/other")?.0 == 404);
+    Ok(())
+}
+
+#[test]
+fn pods_are_shown_with_and_without_a_daemon() -> Result<()> {
+    let (pod, cli) = (Pod::new()?, Cli::new()?);
+    let mut daemon = Daemon::start(&cli, "")?;
+    daemon.write_pod(&pod)?;
+    daemon.wait_for(pod.name(), PodState::Attached)?;
+    let pods = || {
+        run_json(
+            cli.command()?
+                .args(["pods", "-o", "json", "--socket"])
+                .arg(daemon.socket()),
+        )
+    };
+    let with = pods()?;
+    ensure!(
+        with[0]["pod"] == pod.name() && with[0]["source"] == "directory",
+        "{with}"
+    );
+    let text = run(cli
+        .command()?
+        .arg("pods")
+        .arg("--socket")
+        .arg(daemon.socket()))?;
+    ensure!(text.contains(pod.name()), "{text}");
+    daemon.stop()?;
+    let without = run_json(
+        cli.command()?
+            .args(["pods", "-o", "json", "--socket"])
+            .arg(daemon.socket()),
+    )?;
+    ensure!(
+        without[0]["pod"] == pod.name() && without[0]["state"] == "attached",
+        "{without}"
+    );
+    Ok(())
+}
+
+#[test]
+fn nobody_else_may_ask() -> Result<()> {
+    let cli = Cli::new()?;
+    let daemon = Daemon::start(&cli, "")?;
+    let mode = |path: &std::path::Path| -> Result<u32> {
+        Ok(fs::metadata(path)?.permissions().mode() & 0o777)
+    };
+    let socket = daemon.socket();
+    ensure!(mode(&socket)? == 0o600);
+    ensure!(mode(socket.parent().context("no directory")?)? == 0o700);
+    let pod = Pod::new()?;
+    let ask = || -> Result<String> {
+        let mut command = pod.command(Host::Pod, APP, interceptor()?.get_program())?;
+        let output = command.arg("pods").arg("--socket").arg(&socket).output()?;
+        ensure!(
+            !output.status.success() && output.stdout.is_empty(),
+            "{output:?}"
+        );
+        Ok(String::from_utf8(output.stderr)?)
+    };
+    let error = ask()?;
+    ensure!(error.contains("Permission denied"), "{error}");
+    // Even where somebody has opened the way: the credentials are looked at.
+    for path in socket.ancestors().take(3) {
+        fs::set_permissions(path, fs::Permissions::from_mode(0o777))?;
+    }
+    let error = ask()?;
+    ensure!(!error.contains("Permission denied"), "{error}");
+    ensure!(daemon.log().contains("not allowed to ask"));
+    Ok(())
+}
+
+#[test]
+fn whatever_is_said_to_it_it_goes_on() -> Result<()> {
+    let (pod, cli) = (Pod::new()?, Cli::new()?);
+    let daemon = Daemon::start(&cli, "select = 'all'")?;
+    daemon.write_pod(&pod)?;
+    daemon.wait_for(pod.name(), PodState::Attached)?;
+    let before = objects(&cli, pod.name())?;
+
+    let said = prop_oneof![
+        prop::collection::vec(any::<u8>(), 0..300),
+        "\\PC{0,200}".prop_map(String::into_bytes),
+        // Requests of the right form, with anything in them.
+        (
+            "cni_add|cni_del|cni_check|cni_gc|pods",
+            "\\PC{0,80}",
+            "\\PC{0,80}",
+            "\\PC{0,80}"
+        )
+            .prop_map(|(request, id, interface, netns)| {
+                serde_json::json!({
+                    "request": request,
+                    "container_id": id,
+                    "interface": interface,
+                    "netns": netns,
+                    "uid": netns,
+                    "annotations": { interface: id },
+                    "valid": [{ "container_id": "x", "interface": "y" }],
+                })
+                .to_string()
+                .into_bytes()
+            }),
+    ];
+    let mut runner = TestRunner::new(proptest::test_runner::Config::with_cases(300));
+    runner.run(&said, |mut bytes| {
+        bytes.push(b'\n');
+        let answered = || -> Result<String> {
+            let mut stream = UnixStream::connect(daemon.socket())?;
+            stream.set_read_timeout(Some(LIMIT))?;
+            stream.write_all(&bytes)?;
+            stream.shutdown(std::net::Shutdown::Write)?;
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer)?;
+            Ok(answer)
+        };
+        let answer = answered().map_err(|error| TestCaseError::fail(format!("{error:#}")))?;
+        for line in answer.lines() {
+            let answer: Result<Answer, _> = serde_json::from_str(line);
+            let fine = matches!(
+                answer,
+                Ok(Answer::Refused { .. } | Answer::Done | Answer::Pods { .. })
+            );
+            prop_assert!(fine, "{}", line);
+        }
+        Ok(())
+    })?;
+
+    // Too much of it.
+    let mut stream = UnixStream::connect(daemon.socket())?;
+    stream.set_write_timeout(Some(LIMIT))?;
+    let _ = stream.write_all(&vec![b' '; 2 * MAX_MESSAGE]);
+    let mut answer = String::new();
+    let _ = stream.read_to_string(&mut answer);
+    ensure!(answer.is_empty() || answer.contains("refused"), "{answer}");
+
+    // Pod files of any kind.
+    let mut runner = TestRunner::new(proptest::test_runner::Config::with_cases(60));
+    runner.run(&("[a-z]{1,8}", "\\PC{0,200}"), |(name, text)| {
+        let written = daemon.write_file(&name, &text).is_ok();
+        prop_assert!(written);
+        Ok(())
+    })?;
+    thread::sleep(Duration::from_millis(100));
+    for pod in daemon.pods()? {
+        ensure!(
+            (pod.state == PodState::Attached)
+                == (pod.source == "directory" && pod.because.is_none()),
+            "{pod:?}"
+        );
+    }
+    ensure!(objects(&cli, pod.name())? == before);
+    ensure!(directories(&cli)? == [pod.name()]);
+    Ok(())
+}
+
+#[test]
+fn after_many_pods_it_is_as_it_was_before() -> Result<()> {
+    const PODS: usize = 8;
+    let cli = Cli::new()?;
+    let mut daemon = Daemon::start(&cli, "")?;
+    let pid = daemon.pid()?;
+    let descriptors = || -> Result<usize> { Ok(fs::read_dir(format!("/proc/{pid}/fd"))?.count()) };
+    let memory = || -> Result<u64> {
+        let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+        let line = status.lines().find(|line| line.starts_with("VmRSS:"));
+        let line = line.context("no VmRSS")?;
+        Ok(line
+            .split_whitespace()
+            .nth(1)
+            .context("no number")?
+            .parse()?)
+    };
+    let mut after_first = None;
+    for _ in 0..4 {
+        let pods = (0..PODS).map(|_| Pod::new()).collect::<Result<Vec<_>>>()?;
+        for pod in &pods {
+            daemon.write_pod(pod)?;
+        }
+        let mut all = Vec::new();
+        for pod in &pods {
+            daemon.wait_for(pod.name(), PodState::Attached)?;
+            all.extend(objects(&cli, pod.name())?);
+        }
+        for pod in &pods {
+            daemon.remove_file(pod.name())?;
+        }
+        for pod in &pods {
+            daemon.wait_until_gone(pod.name())?;
+        }
+        ensure!(directories(&cli)?.is_empty());
+        bpf::wait_until_gone(&all)?;
+        let now = (descriptors()?, memory()?);
+        let (descriptors, memory) = *after_first.get_or_insert(now);
+        ensure!(
+            now.0 <= descriptors,
+            "{descriptors} descriptors became {}",
+            now.0
+        );
+        // An allocator keeps some; a leak would be of each pod.
+        ensure!(now.1 < memory + 4096, "{memory} KiB became {} KiB", now.1);
+    }
+    Ok(())
+}
+
+#[test]
+fn idle_it_does_nothing() -> Result<()> {
+    let (pod, cli) = (Pod::new()?, Cli::new()?);
+    let mut daemon = Daemon::start(&cli, "")?;
+    daemon.write_pod(&pod)?;
+    daemon.wait_for(pod.name(), PodState::Attached)?;
+    let pid = daemon.pid()?;
+    let ticks = || -> Result<u64> {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+        let (_, rest) = stat.rsplit_once(')').context("no stat")?;
+        let fields: Vec<&str> = rest.split_whitespace().collect();
+        Ok(fields[11].parse::<u64>()? + fields[12].parse::<u64>()?)
+    };
+    let (before, start) = (ticks()?, Instant::now());
+    thread::sleep(Duration::from_secs(3));
+    let used = ticks()? - before;
+    // A tick is 10 ms: less than a hundredth of the time.
+    ensure!(used <= 3, "{used} ticks in {:?}", start.elapsed());
+    Ok(())
+}
