@@ -23,9 +23,6 @@ const MODEL: &str = "model";
 /// The suite that compares with the mesh's own chains.
 pub(crate) const PARITY: &str = "parity";
 
-/// The suite of the node's daemon.
-const DAEMON: &str = "daemon";
-
 /// What to test.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -58,8 +55,6 @@ enum Which {
     Pod,
     /// Only the suite that compares Interceptor with the mesh's own chains
     Parity,
-    /// Only the suite of the node's daemon
-    Daemon,
     /// All of them
     All,
 }
@@ -80,7 +75,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let (unit, pod) = match args.which {
         Which::Parity => return parity(args),
         Which::Unit => (true, false),
-        Which::Pod | Which::Daemon => (false, true),
+        Which::Pod => (false, true),
         Which::All => (true, true),
     };
     if pod {
@@ -97,24 +92,15 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     if pod {
         // The suites start it; cargo builds only their own package's programs.
         compile::debug(&["interceptor"])?;
-        let suites_of_pods = match args.which {
-            Which::Daemon => vec![DAEMON.to_owned()],
-            Which::All => pod_suites()?
-                .into_iter()
-                .chain([PARITY.to_owned()])
-                .collect(),
-            _ => pod_suites()?,
-        };
+        let mut suites_of_pods = pod_suites()?;
+        if args.which == Which::All {
+            suites_of_pods.push(PARITY.to_owned());
+        }
         let targets: Vec<String> = suites_of_pods
             .into_iter()
             .flat_map(|suite| ["--test".to_owned(), suite])
             .collect();
-        let name = if args.which == Which::Daemon {
-            DAEMON
-        } else {
-            "pod"
-        };
-        results.push((name, suites(&targets, &args.arguments)?));
+        results.push(("pod", suites(&targets, &args.arguments)?));
     }
     let passed = results.iter().all(|(_, result)| result.passed());
     let parts: Vec<String> = results
