@@ -8,6 +8,7 @@ mod config;
 mod metrics;
 mod namespaces;
 mod pods;
+mod privileges;
 mod server;
 mod sources;
 
@@ -24,6 +25,7 @@ use tokio::{
 use tracing::{error, info, warn};
 
 pub use config::{Config, LogFormat, OnFailure, Options, Select};
+pub use privileges::CAPABILITIES;
 pub use sources::{
     cgroups::{Pattern, patterns},
     directory::{Namespace, PodFile, parse as parse_pod_file},
@@ -49,6 +51,7 @@ const STOPPING: Duration = Duration::from_secs(10);
 pub fn run(config: Config) -> Result<()> {
     need_root()?;
     let _lock = config.pins.lock_daemon()?;
+    privileges::reduce()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
