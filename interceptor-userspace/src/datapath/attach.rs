@@ -185,8 +185,10 @@ pub(crate) fn remove_leftovers(pins: &Pins, pod: &PodName) -> Result<()> {
 /// Detaches what is pinned in `directory` and removes it. May be interrupted
 /// and begun again.
 fn take_apart(pod: &PodName, directory: &Path) -> Result<()> {
-    // A damaged attachment can be taken apart too.
-    let opened = Opened::open_attachment(pod, directory).ok();
+    // A damaged attachment can be taken apart too, and one of another layout.
+    let opened = Opened::open(pod, directory)
+        .or_else(|_| Opened::open_attachment(pod, directory))
+        .ok();
     // First what redirects, last what redirected connections need.
     for hook in all_hooks().rev() {
         // Where it was being moved to another cgroup, there may be two.
