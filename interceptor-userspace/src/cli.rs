@@ -4,6 +4,7 @@
 mod attach;
 mod chains;
 mod check;
+mod cleanup;
 mod cni_install;
 mod cni_uninstall;
 mod daemon;
@@ -95,6 +96,8 @@ enum Command {
     Daemon(Box<daemon::Args>),
     /// Show the pods that the daemon knows, and why those that aren't attached are not.
     Pods(pods::Args),
+    /// Show all that is pinned on this node, and remove it with --remove.
+    Cleanup(cleanup::Args),
     /// Run a small transparent TCP proxy on the ports that connections are redirected to.
     Proxy(proxy::Args),
 }
@@ -118,6 +121,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Logs(args) => logs::run(&args, &pins),
         Command::Daemon(args) => daemon::run(*args, cli.pins),
         Command::Pods(args) => pods::run(&args, &pins, cli.output),
+        Command::Cleanup(args) => cleanup::run(&args, &pins, cli.output),
         Command::Proxy(args) => proxy::run(args, cli.output),
     };
     exit_code(result)

@@ -8,6 +8,7 @@ mod config;
 mod metrics;
 mod namespaces;
 mod pods;
+mod privileges;
 mod server;
 mod sources;
 
@@ -24,6 +25,7 @@ use tokio::{
 use tracing::{error, info, warn};
 
 pub use config::{Config, LogFormat, OnFailure, Options, Select};
+pub use privileges::CAPABILITIES;
 pub use sources::{
     cgroups::{Pattern, patterns},
     directory::{Namespace, PodFile, parse as parse_pod_file},
@@ -49,6 +51,7 @@ const STOPPING: Duration = Duration::from_secs(10);
 pub fn run(config: Config) -> Result<()> {
     need_root()?;
     let _lock = config.pins.lock_daemon()?;
+    privileges::reduce()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -116,9 +119,9 @@ async fn serve(config: Config) -> Result<()> {
         () = watchdog => Ok(()),
     };
     notify(sd_notify::NotifyState::Stopping);
-    // The lock is free when this process has ended: the socket is the next one's
-    // to replace.
     stop(&messages, registry).await;
+    // It is this daemon's still: the next one waits for the lock.
+    let _: std::io::Result<()> = std::fs::remove_file(config.options.socket());
     info!("stopped; all pods stay attached");
     stopped
 }

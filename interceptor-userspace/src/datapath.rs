@@ -4,6 +4,7 @@
 mod adopt;
 mod attach;
 mod bpf;
+mod cleanup;
 mod explain;
 mod kernel_types;
 mod object;
@@ -15,6 +16,7 @@ mod view;
 
 pub use adopt::{Inspected, Version, inspect, move_to, upgrade};
 pub use attach::{Attached, Request, attach, detach, follow, need_root, remove_all_leftovers};
+pub use cleanup::{Found, FoundState, everything, remove, remove_root};
 pub use explain::{Explanation, Question, explain};
 pub use object::{
     ForeignProgram, LogLevel, ProgramSize, check_kernel_types, foreign_programs, load_only,

@@ -7,10 +7,12 @@ pub(crate) mod user_namespace;
 
 use std::{fmt, str::FromStr};
 
+use serde::Serialize;
+
 use crate::{Error, Result};
 
 /// The name under which a pod's pins lie.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub struct PodName(String);
 
 impl FromStr for PodName {

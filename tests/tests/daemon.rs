@@ -8,6 +8,7 @@ use std::{
     io::{Read as _, Write as _},
     net::{Ipv4Addr, SocketAddr},
     os::unix::{fs::PermissionsExt as _, net::UnixStream},
+    process::Command,
     thread,
     time::{Duration, Instant},
 };
@@ -28,7 +29,10 @@ use interceptor_tests::{
         APP, EVERYWHERE, INBOUND, OUTBOUND, Way, World, assert_direct, assert_served, objects,
     },
 };
-use interceptor_userspace::api::{Answer, CniAttachment, CniPod, MAX_MESSAGE, PodState, Request};
+use interceptor_userspace::{
+    api::{Answer, CniAttachment, CniPod, MAX_MESSAGE, PodState, Request},
+    daemon::CAPABILITIES,
+};
 use proptest::{prelude::*, test_runner::TestRunner};
 
 /// All directories below the root of pins but the daemon's own.
@@ -593,6 +597,7 @@ fn there_is_one_daemon() -> Result<()> {
     ensure!(daemon.status()?.pid == u32::try_from(pid)?);
     daemon.stop()?;
     ensure!(!cli.pins().exists(), "the lock stays behind");
+    ensure!(!daemon.socket().exists(), "the socket stays behind");
     daemon.restart(&cli)
 }
 
@@ -711,6 +716,134 @@ fn pods_are_shown_with_and_without_a_daemon() -> Result<()> {
         without[0]["pod"] == pod.name() && without[0]["state"] == "attached",
         "{without}"
     );
+    Ok(())
+}
+
+#[test]
+fn it_has_the_capabilities_that_it_says_and_no_others() -> Result<()> {
+    let (pod, cli) = (Pod::new()?, Cli::new()?);
+    // Listeners of another user's process, which are older than the attachment.
+    let serve = Serve {
+        addresses: vec![(Ipv4Addr::UNSPECIFIED, OUTBOUND).into()],
+        acceptors: 1,
+        backlog: 16,
+        wait: true,
+    };
+    let _proxy = Server::start(&pod, Host::Pod, Credentials::PROXY, serve)?;
+    let mut daemon = Daemon::start(&cli, "")?;
+    daemon.write_pod(&pod)?;
+    daemon.wait_for(pod.name(), PodState::Attached)?;
+    ensure!(cli.status(pod.name())?["listeners"]["outbound"] == 1);
+
+    let expected = CAPABILITIES
+        .iter()
+        .fold(0, |mask, (capability, _)| mask | capability.bitmask());
+    let pid = daemon.pid()?;
+    for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
+        let status = fs::read_to_string(thread?.path().join("status"))?;
+        let field = |name: &str| -> Result<u64> {
+            let line = status.lines().find(|line| line.starts_with(name));
+            let value = line.and_then(|line| line.split_whitespace().nth(1));
+            Ok(u64::from_str_radix(value.context("no such field")?, 16)?)
+        };
+        for set in ["CapEff:", "CapPrm:"] {
+            ensure!(field(set)? == expected, "{status}");
+        }
+        for set in ["CapInh:", "CapAmb:"] {
+            ensure!(field(set)? == 0, "{status}");
+        }
+        ensure!(
+            field("NoNewPrivs:")? == 1 && field("Seccomp:")? == 2,
+            "{status}"
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn with_one_capability_less_it_says_which() -> Result<()> {
+    let cli = Cli::new()?;
+    let mut daemon = Daemon::start(&cli, "")?;
+    daemon.stop()?;
+    let name = |capability: &str| {
+        let short = capability.trim_start_matches("CAP_").to_lowercase();
+        format!("+{short}")
+    };
+    for (missing, _) in CAPABILITIES {
+        let rest: Vec<String> = CAPABILITIES
+            .iter()
+            .filter(|(capability, _)| *capability != missing)
+            .map(|(capability, _)| name(&capability.to_string()))
+            .collect();
+        let inner = daemon.command(&cli)?;
+        let output = Command::new("setpriv")
+            .arg(format!("--bounding-set=-all,{}", rest.join(",")))
+            .arg(inner.get_program())
+            .args(inner.get_args())
+            .output()?;
+        let error = String::from_utf8_lossy(&output.stderr);
+        ensure!(
+            output.status.code() == Some(1) && error.contains(&missing.to_string()),
+            "without {missing}: {error}"
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn cleaning_up_shows_all_and_then_removes_it() -> Result<()> {
+    let (pods, cli) = ([Pod::new()?, Pod::new()?, Pod::new()?], Cli::new()?);
+    let mut daemon = Daemon::start(&cli, "")?;
+    let mut all = Vec::new();
+    for pod in &pods {
+        daemon.write_pod(pod)?;
+        daemon.wait_for(pod.name(), PodState::Attached)?;
+        all.extend(objects(&cli, pod.name())?);
+    }
+    let cleanup = |more: &[&str]| -> Result<_> {
+        let mut command = cli.command()?;
+        Ok(command
+            .args(["cleanup", "-o", "json"])
+            .args(more)
+            .output()?)
+    };
+    let output = cleanup(&["--remove"])?;
+    let error = String::from_utf8_lossy(&output.stderr);
+    ensure!(
+        !output.status.success() && error.contains("stop it first"),
+        "while a daemon runs: {error}"
+    );
+    daemon.kill()?;
+    // One whole, one damaged, one half.
+    let root = cli.pins();
+    fs::remove_file(root.join(pods[1].name()).join("links/connect4"))?;
+    fs::rename(
+        root.join(pods[2].name()),
+        root.join(format!("{}+attaching", pods[2].name())),
+    )?;
+    let states = |output: &std::process::Output| -> Result<Vec<String>> {
+        let answer: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+        let found = answer["found"].as_array().context("no list")?;
+        let mut states: Vec<_> = found.iter().map(|one| one["state"].to_string()).collect();
+        states.sort();
+        Ok(states)
+    };
+    let shown = cleanup(&[])?;
+    let seen = states(&shown)?;
+    ensure!(
+        seen.len() == 3 && seen[0] == "\"attached\"" && seen[1] == "\"half\"",
+        "{seen:?}"
+    );
+    ensure!(seen[2].contains("connect4"), "{seen:?}");
+    ensure!(directories(&cli)?.len() == 3, "it was only to be shown");
+    let removed = cleanup(&["--remove"])?;
+    ensure!(
+        removed.status.success() && states(&removed)? == seen,
+        "{removed:?}"
+    );
+    ensure!(!root.exists(), "the root stays behind");
+    bpf::wait_until_gone(&all)?;
+    ensure!(states(&cleanup(&[])?)?.is_empty());
     Ok(())
 }
 

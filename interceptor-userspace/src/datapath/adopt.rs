@@ -177,7 +177,7 @@ fn attach_below(opened: &Opened, hooks: &[&'static Hook], cgroup: &Cgroup) -> Re
 }
 
 /// The pin of a link while a pod is moved. No program has this name.
-fn moving_pin(directory: &Path, hook: &Hook) -> PathBuf {
+pub(crate) fn moving_pin(directory: &Path, hook: &Hook) -> PathBuf {
     link_pin(directory, &format!("{}+below", hook.program))
 }
 

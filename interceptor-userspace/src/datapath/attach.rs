@@ -18,6 +18,7 @@ use interceptor_common::{
 };
 
 use super::{
+    adopt::moving_pin,
     bpf::{self, Link},
     object::{DNS_LINKS, Hook, LINKS, Loading, LogLevel, MAPS, Maps, Object, all_hooks},
     pins::{self, NOTE, Pins, Staging, link_pin},
@@ -185,7 +186,7 @@ fn passthrough_v6() -> Ipv6Addr {
 }
 
 /// Removes what a process that was killed has left of `pod`.
-fn remove_leftovers(pins: &Pins, pod: &PodName) -> Result<()> {
+pub(crate) fn remove_leftovers(pins: &Pins, pod: &PodName) -> Result<()> {
     for directory in [pins.attaching(pod), pins.detaching(pod)] {
         if directory.exists() {
             take_apart(pod, &directory)?;
@@ -198,17 +199,22 @@ fn remove_leftovers(pins: &Pins, pod: &PodName) -> Result<()> {
 /// and begun again.
 fn take_apart(pod: &PodName, directory: &Path) -> Result<()> {
     // A damaged attachment can be taken apart too.
-    let opened = Opened::open(pod, directory).ok();
+    let opened = Opened::open_attachment(pod, directory).ok();
     // First what redirects, last what redirected connections need.
     for hook in all_hooks().rev() {
-        let path = link_pin(directory, hook.program);
-        match Link::open(&path).and_then(|link| link.detach()) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(Error::system(format!("detaching {}", path.display()))(
-                    error,
-                ));
+        // Where it was being moved to another cgroup, there may be two.
+        for path in [
+            link_pin(directory, hook.program),
+            moving_pin(directory, hook),
+        ] {
+            match Link::open(&path).and_then(|link| link.detach()) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(Error::system(format!("detaching {}", path.display()))(
+                        error,
+                    ));
+                }
+                _ => {}
             }
-            _ => {}
         }
     }
     if let Some(opened) = opened

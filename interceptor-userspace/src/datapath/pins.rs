@@ -110,7 +110,8 @@ impl Pins {
         Ok(pods)
     }
 
-    fn daemon(&self) -> PathBuf {
+    /// The directory that the daemon locks.
+    pub(crate) fn daemon(&self) -> PathBuf {
         self.root.join(DAEMON)
     }
 

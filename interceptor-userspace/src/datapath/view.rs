@@ -303,8 +303,8 @@ impl Opened {
         Self::open(pod, &directory)
     }
 
-    /// Opens the pins in `directory`.
-    pub(crate) fn open(pod: &PodName, directory: &Path) -> Result<Self> {
+    /// Opens the pins in `directory`, of whatever layout, as far as the attachment.
+    pub(crate) fn open_attachment(pod: &PodName, directory: &Path) -> Result<Self> {
         let mut opened = Self {
             pod: pod.clone(),
             directory: directory.to_owned(),
@@ -313,6 +313,12 @@ impl Opened {
             compiled: bytemuck::Zeroable::zeroed(),
         };
         opened.attachment = opened.read_attachment()?;
+        Ok(opened)
+    }
+
+    /// Opens the pins in `directory`.
+    pub(crate) fn open(pod: &PodName, directory: &Path) -> Result<Self> {
+        let mut opened = Self::open_attachment(pod, directory)?;
         if opened.attachment.layout != LAYOUT {
             return Err(Error::Layout {
                 pod: pod.clone(),
