@@ -119,9 +119,9 @@ async fn serve(config: Config) -> Result<()> {
         () = watchdog => Ok(()),
     };
     notify(sd_notify::NotifyState::Stopping);
-    // The lock is free when this process has ended: the socket is the next one's
-    // to replace.
     stop(&messages, registry).await;
+    // It is this daemon's still: the next one waits for the lock.
+    let _: std::io::Result<()> = std::fs::remove_file(config.options.socket());
     info!("stopped; all pods stay attached");
     stopped
 }

@@ -598,6 +598,7 @@ fn there_is_one_daemon() -> Result<()> {
     ensure!(daemon.status()?.pid == u32::try_from(pid)?);
     daemon.stop()?;
     ensure!(!cli.pins().exists(), "the lock stays behind");
+    ensure!(!daemon.socket().exists(), "the socket stays behind");
     daemon.restart(&cli)
 }
 

@@ -110,7 +110,12 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
             .into_iter()
             .flat_map(|suite| ["--test".to_owned(), suite])
             .collect();
-        results.push(("pod", suites(&targets, &args.arguments)?));
+        let name = if args.which == Which::Daemon {
+            DAEMON
+        } else {
+            "pod"
+        };
+        results.push((name, suites(&targets, &args.arguments)?));
     }
     let passed = results.iter().all(|(_, result)| result.passed());
     let parts: Vec<String> = results

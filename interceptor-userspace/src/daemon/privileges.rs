@@ -147,24 +147,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_unit_and_the_manifests_give_exactly_these() {
-        let mut ours: Vec<String> = CAPABILITIES
+    fn what_is_deployed_grants_exactly_these() {
+        let mut names: Vec<String> = CAPABILITIES
             .iter()
             .map(|(capability, _)| capability.to_string())
             .collect();
-        ours.sort();
-        let unit = format!("\nCapabilityBoundingSet={}\n", ours.join(" "));
+        names.sort();
+        let unit = include_str!("../../../deploy/systemd/interceptor.service");
+        let line = format!("\nCapabilityBoundingSet={}\n", names.join(" "));
+        assert!(unit.contains(&line), "the unit lacks {line}");
+        // Kubernetes names them without the prefix.
+        let names = names.join(", ").replace("CAP_", "");
+        let manifests = include_str!("../../../deploy/kubernetes.yaml");
         assert!(
-            include_str!("../../../deploy/systemd/interceptor.service").contains(&unit),
-            "{unit}"
+            manifests.contains(&format!("add: [{names}]\n")),
+            "the manifests don't add {names}"
         );
-        // Kubernetes writes them without CAP_.
-        let manifest = format!("add: [{}]", ours.join(", ")).replace("CAP_", "");
-        for file in [
-            include_str!("../../../deploy/kubernetes.yaml"),
-            include_str!("../../../deploy/helm/interceptor/templates/daemonset.yaml"),
-        ] {
-            assert!(file.contains(&manifest), "{manifest}");
-        }
     }
 }

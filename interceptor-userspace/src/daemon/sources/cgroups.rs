@@ -314,7 +314,7 @@ mod tests {
             .filter(|sighting| sighting.wanted)
             .map(|sighting| sighting.path.as_path())
             .collect();
-        assert_eq!(found, [&pods[2], &pods[1], pods[0].parent().unwrap()]);
+        assert_eq!(found, [&pods[1], pods[0].parent().unwrap(), &pods[2]]);
         assert_eq!(listing.len(), 4);
         assert!(visited.contains(&mount.path().join("kubepods/burstable")));
         assert_eq!(
@@ -322,7 +322,7 @@ mod tests {
             Some(&*pods[2])
         );
         assert_eq!(of_kubernetes(mount.path(), "5"), None);
-        let pod = &listing[2];
+        let pod = &listing[1];
         assert_eq!(pod.names, ["container", "pod1"], "{:?}", pod.path);
     }
 
