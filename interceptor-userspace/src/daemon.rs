@@ -51,6 +51,10 @@ const STOPPING: Duration = Duration::from_secs(10);
 pub fn run(config: Config) -> Result<()> {
     need_root()?;
     let _lock = config.pins.lock_daemon()?;
+    if let Some(parent) = &config.options.cgroup_parent {
+        // What is kept doesn't suffice for that.
+        sources::cgroups::make(parent)?;
+    }
     privileges::reduce()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)

@@ -92,8 +92,12 @@ impl Kind {
     }
 }
 
+const ENVOY: &str = include_str!("../proxies/envoy.yaml");
+
 /// The configuration with which Envoy is a sidecar.
-pub const ENVOY: &str = include_str!("../proxies/envoy.yaml");
+pub fn envoy_configuration() -> String {
+    Features::default().enable(ENVOY)
+}
 
 /// What a proxy does beyond a sidecar's work under REDIRECT. The embedded one has
 /// none of it.

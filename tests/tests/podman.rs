@@ -23,7 +23,7 @@ use interceptor_tests::{
     daemon::{Daemon, LIMIT},
     interception::interceptor,
     podman::{BUSYBOX, GATEWAY, Podman, Role},
-    proxies::{self, ENVOY, Logged},
+    proxies::{self, Logged, envoy_configuration},
     world::objects,
 };
 use nix::{
@@ -257,7 +257,7 @@ fn envoy_is_a_sidecar_both_ways() -> Result<()> {
     let connections = serve(podman)?;
     podman.image("localhost/envoy", &[&proxies::Kind::Envoy.binary()?])?;
     let configuration = podman.directory().join("envoy.yaml");
-    fs::write(&configuration, ENVOY)?;
+    fs::write(&configuration, envoy_configuration())?;
     podman.create_pod(POD)?;
     let serve = "mkdir /www && echo hello from the pod > /www/index.html && \
                  exec httpd -f -p 8080 -h /www";

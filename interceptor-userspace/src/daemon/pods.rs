@@ -599,6 +599,7 @@ impl Registry {
         let took = start.elapsed();
         if attached == Attached::Newly {
             self.metrics.attached(took);
+            give_memory_back();
         }
         info!(
             pod = %name,
@@ -1072,6 +1073,16 @@ fn refused(error: &Error, again: bool) -> Answer {
     Answer::Refused {
         error: chain(error),
         again,
+    }
+}
+
+/// Loading programs takes some megabytes in several threads, which the allocator
+/// would keep for each.
+fn give_memory_back() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: the allocator may be asked at any time.
+    unsafe {
+        libc::malloc_trim(0);
     }
 }
 
