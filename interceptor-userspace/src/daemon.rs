@@ -13,6 +13,7 @@ mod server;
 mod sources;
 
 use std::{
+    fs,
     sync::{Arc, mpsc},
     thread,
     time::{Duration, Instant},
@@ -51,6 +52,12 @@ const STOPPING: Duration = Duration::from_secs(10);
 pub fn run(config: Config) -> Result<()> {
     need_root()?;
     let _lock = config.pins.lock_daemon()?;
+    // Even root writes to the root of the cgroup tree only with a capability that the daemon
+    // gives up.
+    if let Some(parent) = config.options.cgroup_parent_in(&sources::cgroups::mount()?) {
+        fs::create_dir_all(&parent)
+            .map_err(Error::system(format!("making {}", parent.display())))?;
+    }
     privileges::reduce()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -121,7 +128,7 @@ async fn serve(config: Config) -> Result<()> {
     notify(sd_notify::NotifyState::Stopping);
     stop(&messages, registry).await;
     // It is this daemon's still: the next one waits for the lock.
-    let _: std::io::Result<()> = std::fs::remove_file(config.options.socket());
+    let _: std::io::Result<()> = fs::remove_file(config.options.socket());
     info!("stopped; all pods stay attached");
     stopped
 }
