@@ -13,6 +13,7 @@ mod server;
 mod sources;
 
 use std::{
+    fs,
     sync::{Arc, mpsc},
     thread,
     time::{Duration, Instant},
@@ -51,9 +52,16 @@ const STOPPING: Duration = Duration::from_secs(10);
 pub fn run(config: Config) -> Result<()> {
     need_root()?;
     let _lock = config.pins.lock_daemon()?;
-    if let Some(parent) = &config.options.cgroup_parent {
-        // What is kept doesn't suffice for that.
-        sources::cgroups::make(parent)?;
+    // In the root of the cgroup tree even root makes one only with a capability that the
+    // daemon gives up.
+    if let Some(parent) = config.options.cgroup_parent_in(&sources::cgroups::mount()?) {
+        fs::create_dir_all(&parent).map_err(|error| {
+            Error::setting(
+                "cgroup-parent",
+                parent.display(),
+                format!("can't be made: {error}: make it before the daemon starts"),
+            )
+        })?;
     }
     privileges::reduce()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -125,7 +133,7 @@ async fn serve(config: Config) -> Result<()> {
     notify(sd_notify::NotifyState::Stopping);
     stop(&messages, registry).await;
     // It is this daemon's still: the next one waits for the lock.
-    let _: std::io::Result<()> = std::fs::remove_file(config.options.socket());
+    let _: std::io::Result<()> = fs::remove_file(config.options.socket());
     info!("stopped; all pods stay attached");
     stopped
 }

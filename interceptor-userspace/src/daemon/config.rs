@@ -179,6 +179,13 @@ impl Options {
             .unwrap_or_else(|| api::DEFAULT_SOCKET.into())
     }
 
+    /// The directory of the cgroup in which a pod's own will be made, in the tree that is
+    /// mounted at `mount`.
+    pub(crate) fn cgroup_parent_in(&self, mount: &Path) -> Option<PathBuf> {
+        let path = self.cgroup_parent.as_ref()?;
+        Some(mount.join(path.strip_prefix("/").unwrap_or(path)))
+    }
+
     /// Where metrics are served.
     pub fn metrics(&self) -> SocketAddr {
         self.metrics

@@ -209,11 +209,7 @@ impl Registry {
         ];
         let cgroup_mount = cgroups::mount()?;
         let mut registry = Self {
-            parent: config
-                .options
-                .cgroup_parent
-                .as_ref()
-                .map(|path| cgroup_mount.join(path.strip_prefix("/").unwrap_or(path))),
+            parent: config.options.cgroup_parent_in(&cgroup_mount),
             version: Version::of_this_program()?,
             numbers: Numbers::new()?,
             config,

@@ -251,26 +251,6 @@ pub(crate) fn watch(watched: Watched, messages: Sender<Message>) -> Result<()> {
         .map_err(Error::system("starting a thread"))
 }
 
-/// Makes the cgroup at `path`, seen from the tree's root, unless it is there.
-///
-/// # Errors
-///
-/// If it can't be made. In the tree's root nobody may make one without
-/// `CAP_DAC_OVERRIDE`.
-pub(crate) fn make(path: &Path) -> Result<()> {
-    let whole = mount()?.join(path.strip_prefix("/").unwrap_or(path));
-    fs::create_dir_all(&whole).map_err(|error| {
-        Error::setting(
-            "cgroup-parent",
-            path.display(),
-            format!(
-                "can't be made: {error}: run `mkdir -p {}` first",
-                whole.display()
-            ),
-        )
-    })
-}
-
 /// Where the cgroup tree is mounted.
 ///
 /// # Errors
