@@ -644,7 +644,8 @@ fn differs_by_design(expected: &Row, observed: &Row) -> bool {
         // REDIRECT sends to 127.0.0.1 and ::1. Interceptor spreads over 127.15.1.0/24
         // and 100::f01:0/120, so that not all destinations share one range of
         // ephemeral ports. What comes from an IPv6 address other than the pod's
-        // usual one it sends to that address, which needs no bind() to be kept. TPROXY leaves what the proxy connects to its own pod where it was sent.
+        // usual one it sends to that address, which needs no bind() to be kept.
+        // TPROXY leaves what the proxy connects to its own pod where it was sent.
         Host::Pod => {
             let to = SocketAddr::new(
                 expected.case.to.ip().to_canonical(),

@@ -492,6 +492,10 @@ fn table(mesh: &Mesh) -> Vec<Connection> {
         for address in destinations.iter().chain(&other) {
             for owner in [APP, Credentials::PROXY] {
                 for means in [Means::Tcp, Means::Datagram, Means::ConnectedDatagram] {
+                    // By design: `dns_without_scope`.
+                    if is_link_local(address) && means == Means::ConnectedDatagram {
+                        continue;
+                    }
                     add(Connection {
                         owner,
                         means,
@@ -502,6 +506,10 @@ fn table(mesh: &Mesh) -> Vec<Connection> {
         }
     }
     connections
+}
+
+fn is_link_local(address: &IpAddr) -> bool {
+    matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local())
 }
 
 /// The settings that the mesh's own tests try, with their v6 twins in them, and
