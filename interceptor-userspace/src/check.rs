@@ -21,6 +21,7 @@ use serde::Serialize;
 use crate::{
     Error,
     datapath::{self, ForeignProgram, ProgramSize},
+    error::in_one_line,
     pod::{
         cgroup::{self, Cgroup},
         netns::Netns,
@@ -186,7 +187,7 @@ fn btf() -> Check {
         Err(error) => Check::not(
             Outcome::Fail,
             name,
-            describe(&error),
+            in_one_line(&error),
             "use a kernel with CONFIG_DEBUG_INFO_BTF",
         ),
     }
@@ -219,7 +220,7 @@ fn programs() -> impl Iterator<Item = Check> {
     .map(|(kind, since)| {
         Check::from_support(
             format!("program type {kind:?}"),
-            is_program_supported(kind).map_err(|error| describe(&error)),
+            is_program_supported(kind).map_err(|error| in_one_line(&error)),
             since,
             Outcome::Fail,
         )
@@ -240,7 +241,7 @@ fn maps() -> impl Iterator<Item = Check> {
     .map(|(kind, since)| {
         Check::from_support(
             format!("map type {kind:?}"),
-            is_map_supported(kind).map_err(|error| describe(&error)),
+            is_map_supported(kind).map_err(|error| in_one_line(&error)),
             since,
             Outcome::Fail,
         )
@@ -329,7 +330,7 @@ fn helpers() -> impl Iterator<Item = Check> {
                 "{} in {program:?}",
                 format!("{helper:?}").replace("BPF_FUNC_", "bpf_")
             ),
-            is_helper_supported(program, helper).map_err(|error| describe(&error)),
+            is_helper_supported(program, helper).map_err(|error| in_one_line(&error)),
             since,
             otherwise,
         );
@@ -370,7 +371,7 @@ fn object() -> Vec<Check> {
         Err(error) => vec![Check::not(
             Outcome::Fail,
             name,
-            describe(&error)
+            in_one_line(&error)
                 .lines()
                 .next()
                 .unwrap_or_default()
@@ -511,20 +512,6 @@ fn find_program(name: &str) -> Option<PathBuf> {
         .iter()
         .map(|directory| Path::new(directory).join(name))
         .find(|path| path.exists())
-}
-
-/// An error with its causes in one line.
-fn describe(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        if !text.contains(&cause_text) {
-            text = format!("{text}: {cause_text}");
-        }
-        source = cause.source();
-    }
-    text
 }
 
 #[cfg(test)]

@@ -10,9 +10,7 @@ mod conflist;
 mod environment;
 pub mod install;
 
-use std::{
-    ffi::OsString, fmt::Write as _, io::Read, path::Path, sync::mpsc, thread, time::Duration,
-};
+use std::{ffi::OsString, io::Read, path::Path, sync::mpsc, thread, time::Duration};
 
 use rscni_types::{
     error::Error,
@@ -24,7 +22,10 @@ use self::{
     config::{Config, OnError},
     environment::Environment,
 };
-use crate::api::{self, Answer, Request};
+use crate::{
+    api::{self, Answer, Request},
+    error::in_one_line,
+};
 
 pub use config::POD_ANNOTATIONS;
 
@@ -160,7 +161,7 @@ fn ask(socket: &Path, request: Request, limit: Duration) -> Result<Answer, NoAns
     match answers.recv_timeout(limit) {
         Ok(Ok(answer)) => Ok(answer),
         Ok(Err(error)) => {
-            let why = chain(&error);
+            let why = in_one_line(&error);
             Err(match error {
                 api::ClientError::NoDaemon { .. } => NoAnswer::NoDaemon(why),
                 api::ClientError::Failed { .. } => NoAnswer::Silent(why),
@@ -171,18 +172,6 @@ fn ask(socket: &Path, request: Request, limit: Duration) -> Result<Answer, NoAns
             socket.display()
         ))),
     }
-}
-
-/// An error with its causes.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        // Writing to a string can't fail.
-        let _ = write!(text, ": {error}");
-        cause = error.source();
-    }
-    text
 }
 
 fn judge(command: Cmd, answer: Answer) -> Result<(), Error> {

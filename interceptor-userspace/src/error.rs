@@ -7,6 +7,21 @@ use crate::pod::PodName;
 /// A result with the library's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
+/// An error with its causes in one line; a cause that the text names already isn't
+/// named again.
+pub(crate) fn in_one_line(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    text
+}
+
 /// What can go wrong. The texts name the fix where there is one.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {

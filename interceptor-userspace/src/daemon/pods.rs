@@ -35,6 +35,7 @@ use crate::{
     Error, Result,
     api::{Answer, CniAttachment, CniPod, PodState, PodStatus, Request},
     datapath::{self, Attached, Version},
+    error::in_one_line,
     pod::{
         PodName,
         cgroup::Cgroup,
@@ -301,10 +302,10 @@ impl Registry {
             Ok(adopted) => adopted,
             Err(error) => {
                 self.metrics.failed("adopt", &error);
-                error!(pod = %name, error = chain(&error), "not adopted");
+                error!(pod = %name, error = in_one_line(&error), "not adopted");
                 let pod = Pod {
                     state: PodState::Failed,
-                    because: Some(chain(&error)),
+                    because: Some(in_one_line(&error)),
                     ..Pod::new(Wanted::Nothing)
                 };
                 self.pods.insert(name.to_string(), pod);
@@ -364,7 +365,10 @@ impl Registry {
             .of(netns)
             .inspect_err(|error| {
                 self.metrics.failed("follow", error);
-                warn!(error = chain(error), "a pod's routes are not followed");
+                warn!(
+                    error = in_one_line(error),
+                    "a pod's routes are not followed"
+                );
             })
             .ok()
     }
@@ -421,8 +425,8 @@ impl Registry {
             Err(Why::LeftAlone(because)) => self.leave_alone(&name, wanted, because),
             Err(Why::Failed(error)) => {
                 self.metrics.failed("attach", &error);
-                error!(pod = %name, error = chain(&error), "not attached");
-                let because = chain(&error);
+                error!(pod = %name, error = in_one_line(&error), "not attached");
+                let because = in_one_line(&error);
                 let entry = self
                     .pods
                     .entry(name.to_string())
@@ -556,7 +560,7 @@ impl Registry {
                 Err(Error::NotAttached { .. }) => {}
                 Err(error) => {
                     self.metrics.failed("detach", &error);
-                    error!(pod = name, error = chain(&error), "not detached");
+                    error!(pod = name, error = in_one_line(&error), "not detached");
                     return Err(error);
                 }
             }
@@ -748,7 +752,11 @@ impl Registry {
             if let Err(error) = self.move_to(&name, &path) {
                 self.metrics.failed("move", &error);
                 // It is intercepted still. The next listing tries again.
-                error!(pod = name, error = chain(&error), "not moved to its cgroup");
+                error!(
+                    pod = name,
+                    error = in_one_line(&error),
+                    "not moved to its cgroup"
+                );
             }
         }
     }
@@ -795,7 +803,7 @@ impl Registry {
             Why::LeftAlone(because) => (PodState::LeftAlone, because),
             Why::Failed(error) => {
                 self.metrics.failed("attach", &error);
-                (PodState::Failed, chain(&error))
+                (PodState::Failed, in_one_line(&error))
             }
         };
         let pod = self
@@ -868,10 +876,14 @@ impl Registry {
             Ok(_) => {}
             Err(error) => {
                 self.metrics.failed("verify", &error);
-                error!(pod = name, error = chain(&error), "not whole any more");
+                error!(
+                    pod = name,
+                    error = in_one_line(&error),
+                    "not whole any more"
+                );
                 if let Some(pod) = self.pods.get_mut(name) {
                     pod.state = PodState::Failed;
-                    pod.because = Some(chain(&error));
+                    pod.because = Some(in_one_line(&error));
                 }
             }
         }
@@ -969,7 +981,7 @@ impl Registry {
                 self.metrics.failed("follow", &error);
                 error!(
                     pod = name,
-                    error = chain(&error),
+                    error = in_one_line(&error),
                     "its routes are not up to date"
                 );
             }
@@ -1067,7 +1079,7 @@ fn note(wanted: &Wanted, target: &Target) -> Note {
 
 fn refused(error: &Error, again: bool) -> Answer {
     Answer::Refused {
-        error: chain(error),
+        error: in_one_line(error),
         again,
     }
 }
@@ -1080,18 +1092,4 @@ fn give_memory_back() {
     unsafe {
         libc::malloc_trim(0);
     }
-}
-
-/// An error with its causes, in one line.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        if !text.ends_with(&cause_text) {
-            text = format!("{text}: {cause_text}");
-        }
-        source = cause.source();
-    }
-    text
 }
