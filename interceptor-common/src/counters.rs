@@ -35,17 +35,21 @@ pub enum Event {
     /// A connection was stopped because the pod's routes have changed since
     /// they were read.
     RoutesChanged,
+    /// A connection, or a request for DNS, went past the proxy because that had not
+    /// begun to listen, and the pod is attached so that they pass until then.
+    PassedAtStart,
 }
 
 impl Event {
     /// All events, in the order of their counters.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::NoInboundListener,
         Self::OriginLost,
         Self::ListenerSlotsFull,
         Self::ListenerUnsuitable,
         Self::SourceNotKept,
         Self::RoutesChanged,
+        Self::PassedAtStart,
     ];
 
     /// The event's place in the `COUNTERS` map.

@@ -15,6 +15,7 @@ use interceptor_common::{
     config::{LOCALHOST_V4, LOCALHOST_V6, Settings},
     conn::{Address, Endpoint, Role, UDP},
     counters::Event,
+    listeners::ProxyPort,
     routes::{RouteKind, effective_destination},
 };
 
@@ -236,6 +237,10 @@ fn captured(
         "DNS to {:i}: ISTIO_OUTPUT rule {}", destination.octets, decision.rule
     );
     if decision.verdict != Verdict::Dns {
+        return None;
+    }
+    if maps::passes(ProxyPort::Dns) {
+        maps::count(Event::PassedAtStart);
         return None;
     }
     *endpoint = server_of_proxy(settings, destination.is_v4());

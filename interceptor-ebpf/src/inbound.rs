@@ -15,7 +15,7 @@ use interceptor_common::{
     config::{Settings, stages},
     conn::{Address, Endpoint, Handshake, TCP, is_proxy_address},
     counters::Event,
-    listeners::{ProxyPort, SLOTS, accepts},
+    listeners::{PLACES, ProxyPort, accepts},
     routes::RouteKind,
 };
 
@@ -76,6 +76,10 @@ pub(crate) fn find_listener(ctx: SkLookupContext) -> u32 {
     // With no listener known, the kernel's own look-up decides on a connection
     // from inside: it refuses, or finds one that can't be registered.
     if assign(&ctx, &wanted) || wanted.from_inside != 0 {
+        return SK_PASS;
+    }
+    if maps::passes(ProxyPort::Inbound) {
+        maps::count(Event::PassedAtStart);
         return SK_PASS;
     }
     // To the kernel another program's choice counts for more than a refusal,
@@ -169,7 +173,7 @@ fn from_inside(settings: &Settings, local: Endpoint, remote: Endpoint) -> Choice
 /// of a socket.
 #[inline(always)]
 fn assign(ctx: &SkLookupContext, wanted: &Wanted) -> bool {
-    for slot in 0..SLOTS {
+    for slot in 0..PLACES {
         let sk = maps::listeners::get(wanted.first_slot + slot);
         if sk.is_null() {
             continue;

@@ -46,6 +46,7 @@ pub(crate) fn listening(ctx: &SockOpsContext) {
         return;
     }
     let first = opaque(proxy_port.first_slot(), settings.generation);
+    maps::end_passing(proxy_port);
     let registered = register(first, |slot| maps::listeners::insert(slot, ctx.ops));
     if registered {
         info!(ctx, "the proxy listens on port {}", port);

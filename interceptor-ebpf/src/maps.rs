@@ -20,7 +20,7 @@ use interceptor_common::{
     config::{GENERATIONS, List, Lists, MAX_PREFIXES, PrefixKey, Settings},
     conn::{Address, Endpoint, Handshake, Origin},
     counters::{Event, MAX_COUNTERS, decision_index},
-    listeners::{ProxyPort, SLOTS},
+    listeners::{PLACES, ProxyPort},
     pod::Attachment,
     routes::{MAX_ROUTES, Route},
 };
@@ -59,9 +59,9 @@ static ORIGINS: SkStorage<Origin> = SkStorage::new();
 #[btf_map]
 static ASKED: SkStorage<Endpoint> = SkStorage::new();
 
-/// The proxy's listeners: [`SLOTS`] for each [`ProxyPort`].
+/// The proxy's listeners: [`PLACES`] for each [`ProxyPort`].
 #[btf_map]
-static LISTENERS: SocketMap<{ (ProxyPort::COUNT * SLOTS) as usize }> = SocketMap {
+static LISTENERS: SocketMap<{ (ProxyPort::COUNT * PLACES) as usize }> = SocketMap {
     r#type: null(),
     key: null(),
     value: null(),
@@ -121,6 +121,36 @@ pub(crate) mod listeners {
         }
         .cast()
     }
+}
+
+/// Which of the proxy's ports has not been listened on yet, in a pod whose
+/// connections pass until then: 1 at [`ProxyPort::index`], otherwise 0.
+#[btf_map]
+static PASSING: Array<u32, { ProxyPort::COUNT as usize }> = Array::new();
+
+/// Whether connections that should go to this port of the proxy pass, because it has
+/// not begun to listen.
+#[inline(always)]
+pub(crate) fn passes(port: ProxyPort) -> bool {
+    PASSING.get(port.index()).is_some_and(|passing| *passing != 0)
+}
+
+/// The proxy listens on a port: nothing passes there any more.
+#[inline(always)]
+pub(crate) fn end_passing(port: ProxyPort) {
+    let end = |other: ProxyPort| {
+        if port.ends_passing(other)
+            && let Some(passing) = PASSING.get_ptr_mut(other.index())
+        {
+            // SAFETY: an element of the map; a word is written at once.
+            unsafe {
+                passing.write_volatile(0);
+            }
+        }
+    };
+    end(ProxyPort::Outbound);
+    end(ProxyPort::Inbound);
+    end(ProxyPort::Dns);
 }
 
 /// One counter per event and per rule. The loader makes it as long as the pod

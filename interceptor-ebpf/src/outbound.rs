@@ -20,6 +20,7 @@ use interceptor_common::{
         proxy_address_v6,
     },
     counters::Event,
+    listeners::ProxyPort,
     routes::{LOOPBACK, RouteKind, effective_destination},
 };
 
@@ -212,6 +213,13 @@ fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Connect {
             decision.rule
         );
         decision.verdict
+    };
+    let verdict = match ProxyPort::of(verdict) {
+        Some(port) if maps::passes(port) => {
+            maps::count(Event::PassedAtStart);
+            Verdict::Direct
+        }
+        _ => verdict,
     };
 
     let port = match verdict {

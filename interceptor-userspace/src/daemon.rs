@@ -38,7 +38,7 @@ use self::{
     server::Server,
     sources::cgroups::Watched,
 };
-use crate::{Error, Result, api::DaemonStatus, datapath::need_root};
+use crate::{Error, Result, api::DaemonStatus, datapath::{need_root, raise_locked_memory}};
 
 /// How long stopping may take: what is under way is finished.
 const STOPPING: Duration = Duration::from_secs(10);
@@ -63,6 +63,8 @@ pub fn run(config: Config) -> Result<()> {
             )
         })?;
     }
+    // With a capability that the daemon gives up, too.
+    raise_locked_memory();
     privileges::reduce()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)

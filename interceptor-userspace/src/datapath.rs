@@ -13,6 +13,7 @@ mod pins;
 mod plain;
 mod policy;
 mod routes;
+mod startup;
 mod view;
 
 pub use adopt::{Inspected, Version, inspect, move_to, upgrade};
@@ -22,9 +23,11 @@ pub use explain::{Explanation, Question, explain};
 pub use object::{
     ForeignProgram, LogLevel, ProgramSize, check_kernel_types, foreign_programs, load_only,
 };
+pub(crate) use object::raise_locked_memory;
 pub use pins::{DEFAULT_ROOT, DaemonLock, Pins};
 pub use policy::{Change, set};
 pub use routes::has_ipv6;
+pub use startup::{Holding, UntilProxyListens, hold};
 pub use view::{
     ChainView, Counts, EventView, LinkView, ListenerView, PodView, RuleView, chains, counts, pods,
     view,

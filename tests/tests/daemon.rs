@@ -26,7 +26,8 @@ use interceptor_tests::{
     interception::interceptor,
     pod::{Credentials, Host, Pod},
     world::{
-        APP, EVERYWHERE, INBOUND, OUTBOUND, Way, World, assert_direct, assert_served, objects,
+        APP, EVERYWHERE, INBOUND, OUTBOUND, Way, World, assert_direct, assert_refused,
+        assert_served, objects, start_server,
     },
 };
 use interceptor_userspace::{
@@ -378,6 +379,157 @@ fn gc_detaches_what_is_not_valid_and_a_pod_that_can_not_be_attached_is_refused()
         "{answer:?}"
     );
     Ok(())
+}
+
+/// Each way and in both families.
+fn everywhere() -> impl Iterator<Item = (Way, SocketAddr)> {
+    Way::BOTH
+        .into_iter()
+        .flat_map(|way| way.destinations().map(|to| (way, to)))
+}
+
+#[test]
+fn connections_are_held_until_the_proxy_listens() -> Result<()> {
+    let world = World::new()?;
+    let mut daemon = Daemon::start(&world.cli, "until-proxy-listens = 'hold'\n")?;
+    daemon.write_pod(&world.pod)?;
+    daemon.wait_for(world.name(), PodState::Attached)?;
+    let policy = || -> Result<_> {
+        let status = world.cli.status(world.name())?;
+        ensure!(status["listeners"]["outbound"] == status["listeners"]["inbound"]);
+        Ok(status["until_proxy_listens"].clone())
+    };
+    ensure!(policy()? == "hold");
+
+    let served = |way, to| -> Result<_> { assert_served(way, world.client(way), to) };
+    let proxy = thread::scope(|scope| {
+        let clients: Vec<_> = everywhere()
+            .map(|(way, to)| scope.spawn(move || served(way, to)))
+            .collect();
+        // All their SYNs have been dropped by then.
+        thread::sleep(Duration::from_millis(500));
+        ensure!(clients.iter().all(|client| !client.is_finished()));
+        let proxy = world.start_proxy(&EVERYWHERE)?;
+        for client in clients {
+            client.join().expect("a client panicked")?;
+        }
+        Ok(proxy)
+    })?;
+    wait_until("the daemon lets go", LIMIT, || {
+        Ok((policy()? == "refuse").then_some(()))
+    })?;
+    let live = world.assert_intercepted()?;
+    drop((live, proxy));
+    // Not when the proxy is gone, nor by a daemon that didn't attach the pod.
+    for (way, to) in everywhere() {
+        assert_refused(world.client(way), to)?;
+    }
+    daemon.kill()?;
+    daemon.restart(&world.cli)?;
+    ensure!(policy()? == "refuse");
+    assert_refused(&world.app, Way::Out.destinations()[0])
+}
+
+#[test]
+fn connections_are_held_no_longer_than_the_limit_or_than_the_daemon_lives() -> Result<()> {
+    let world = World::new()?;
+    let mut daemon = Daemon::start(
+        &world.cli,
+        "until-proxy-listens = 'hold'\nhold-limit = 2\n",
+    )?;
+    daemon.write_pod(&world.pod)?;
+    daemon.wait_for(world.name(), PodState::Attached)?;
+    // The first SYNs are dropped; those after the limit are refused.
+    let refused = |way, to| -> Result<()> {
+        let start = Instant::now();
+        match world.client(way).connect(to)? {
+            Ok(conversation) => bail!("{:?}", conversation.served),
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {}
+            Err(error) => return Err(error.into()),
+        }
+        ensure!(
+            start.elapsed() > Duration::from_millis(900),
+            "{way:?} to {to} wasn't held"
+        );
+        Ok(())
+    };
+    thread::scope(|scope| {
+        let clients: Vec<_> = everywhere()
+            .map(|(way, to)| scope.spawn(move || refused(way, to)))
+            .collect();
+        clients
+            .into_iter()
+            .try_for_each(|client| client.join().expect("a client panicked"))
+    })?;
+    for (way, to) in everywhere() {
+        assert_refused(world.client(way), to)?;
+    }
+
+    daemon.remove_file(world.name())?;
+    daemon.wait_until_gone(world.name())?;
+    daemon.write_pod(&world.pod)?;
+    daemon.wait_for(world.name(), PodState::Attached)?;
+    ensure!(world.cli.status(world.name())?["until_proxy_listens"] == "hold");
+    daemon.kill()?;
+    for (way, to) in everywhere() {
+        assert_refused(world.client(way), to)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn connections_pass_until_the_proxy_has_begun_to_listen() -> Result<()> {
+    let world = World::new()?;
+    let mut daemon = Daemon::start(&world.cli, "until-proxy-listens = 'pass'\n")?;
+    daemon.write_pod(&world.pod)?;
+    daemon.wait_for(world.name(), PodState::Attached)?;
+    world.assert_left_alone()?;
+    let passed = || -> Result<u64> {
+        let status = world.cli.status(world.name())?;
+        let events = status["events"].as_array().context("no events")?;
+        let event = events.iter().find(|event| {
+            event["event"]
+                .as_str()
+                .is_some_and(|text| text.contains("past the proxy"))
+        });
+        event
+            .and_then(|event| event["count"].as_u64())
+            .context("no such event")
+    };
+    ensure!(passed()? == 4, "{}", passed()?);
+    // Also by a daemon that takes the pod over.
+    daemon.kill()?;
+    daemon.restart(&world.cli)?;
+    world.assert_left_alone()?;
+    ensure!(passed()? == 8, "{}", passed()?);
+
+    // Port by port.
+    let listener = world
+        .proxy
+        .listen((Ipv4Addr::UNSPECIFIED, OUTBOUND).into())?;
+    let [v4, _] = Way::Out.destinations();
+    let server = start_server(Way::Out, listener);
+    assert_served(Way::Out, &world.app, v4)?;
+    assert_direct("APP", &world.peer, Way::In.destinations()[0])?;
+    drop(server);
+    assert_refused(&world.app, v4)?;
+
+    let proxy = world.start_proxy(&EVERYWHERE)?;
+    let live = world.assert_intercepted()?;
+    drop((live, proxy));
+    for (way, to) in everywhere() {
+        assert_refused(world.client(way), to)?;
+    }
+
+    // One that listens already when the pod is attached.
+    daemon.remove_file(world.name())?;
+    daemon.wait_until_gone(world.name())?;
+    let proxy = world.start_proxy(&EVERYWHERE)?;
+    daemon.write_pod(&world.pod)?;
+    daemon.wait_for(world.name(), PodState::Attached)?;
+    let live = world.assert_intercepted()?;
+    drop((live, proxy));
+    assert_refused(&world.app, v4)
 }
 
 fn outbound(connections: usize) -> Connect {

@@ -178,7 +178,7 @@ pub(crate) fn step(what: &str, command: &mut Command) -> Result<()> {
 }
 
 /// The command as it would be typed.
-fn shown(command: &Command) -> String {
+pub(crate) fn shown(command: &Command) -> String {
     let words = [command.get_program()]
         .into_iter()
         .chain(command.get_args());

@@ -77,6 +77,7 @@ pub(crate) fn run(args: Args, pins: &Pins, output: Output) -> anyhow::Result<()>
             log_level: args.log_level.into(),
             allow_host: args.allow_host,
             note: None,
+            pass_at_start: false,
         },
     )
     .with_context(|| format!("the pod {} is not attached", args.pod))?;

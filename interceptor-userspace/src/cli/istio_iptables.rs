@@ -264,6 +264,7 @@ fn apply(args: &Args, pins: &Pins) -> anyhow::Result<()> {
             // There, process 1 is the pod's own and says nothing of the machine.
             allow_host: in_container,
             note: None,
+            pass_at_start: false,
         };
         match datapath::attach(pins, &request) {
             Err(Error::AttachedOtherwise {

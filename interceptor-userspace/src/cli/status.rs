@@ -2,7 +2,7 @@
 
 use anyhow::bail;
 use interceptor_userspace::{
-    datapath::{self, Pins, PodView},
+    datapath::{self, Pins, PodView, UntilProxyListens},
     pod::PodName,
     settings::{Cidrs, Dns, Ports},
 };
@@ -135,10 +135,14 @@ fn print_view(view: &PodView) -> anyhow::Result<()> {
             "{} outbound, {} inbound{}",
             view.listeners.outbound,
             view.listeners.inbound,
-            if view.listeners.inbound == 0 {
-                " (arriving connections are refused until the proxy listens)"
-            } else {
-                ""
+            match view.until_proxy_listens {
+                _ if view.listeners.inbound > 0 => "",
+                UntilProxyListens::Refuse =>
+                    " (arriving connections are refused until the proxy listens)",
+                UntilProxyListens::Hold =>
+                    " (arriving connections are held until the proxy listens)",
+                UntilProxyListens::Pass =>
+                    " (arriving connections go past the proxy until it listens)",
             }
         ),
     );

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     Error, Result, api,
+    datapath::UntilProxyListens,
     settings::{Profile, Settings},
 };
 
@@ -69,6 +70,15 @@ pub struct Options {
     /// What becomes of a pod that should be attached and can't be, at CNI's ADD.
     #[arg(long, value_name = "WHAT", env = "INTERCEPTOR_ON_FAILURE")]
     pub on_failure: Option<OnFailure>,
+
+    /// What becomes of a pod's captured connections until its proxy begins to listen.
+    #[arg(long, value_name = "WHAT", env = "INTERCEPTOR_UNTIL_PROXY_LISTENS")]
+    pub until_proxy_listens: Option<UntilProxyListens>,
+
+    /// For how many seconds connections are held at most, from when the pod is attached;
+    /// 30 if nothing is said.
+    #[arg(long, value_name = "SECONDS", env = "INTERCEPTOR_HOLD_LIMIT")]
+    pub hold_limit: Option<u32>,
 
     /// The form of the log.
     #[arg(long, value_name = "FORM", env = "INTERCEPTOR_LOG_FORMAT")]
@@ -147,6 +157,8 @@ impl Options {
             select: self.select.or(file.select),
             exclude_namespaces: self.exclude_namespaces.or(file.exclude_namespaces),
             on_failure: self.on_failure.or(file.on_failure),
+            until_proxy_listens: self.until_proxy_listens.or(file.until_proxy_listens),
+            hold_limit: self.hold_limit.or(file.hold_limit),
             log_format: self.log_format.or(file.log_format),
             log: self.log.or(file.log),
             profile: self.profile.or(file.profile),
@@ -190,6 +202,11 @@ impl Options {
     pub fn metrics(&self) -> SocketAddr {
         self.metrics
             .unwrap_or_else(|| (Ipv4Addr::LOCALHOST, 15095).into())
+    }
+
+    /// How long connections are held.
+    pub(crate) fn hold_limit(&self) -> Duration {
+        Duration::from_secs(self.hold_limit.unwrap_or(30).into())
     }
 
     /// Namespaces whose pods are left alone.

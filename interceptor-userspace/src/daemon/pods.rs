@@ -34,7 +34,7 @@ use super::{
 use crate::{
     Error, Result,
     api::{Answer, CniAttachment, CniPod, PodState, PodStatus, Request},
-    datapath::{self, Attached, Version},
+    datapath::{self, Attached, Holding, UntilProxyListens, Version},
     error::in_one_line,
     pod::{
         PodName,
@@ -140,6 +140,8 @@ struct Pod {
     cgroup: Option<PathBuf>,
     /// When it is looked at again, and how long was waited for that.
     again: Option<(Instant, Duration)>,
+    /// Holds its connections, and until when.
+    holding: Option<(Holding, Instant)>,
 }
 
 impl Pod {
@@ -151,6 +153,7 @@ impl Pod {
             attachment: None,
             cgroup: None,
             again: None,
+            holding: None,
         }
     }
 }
@@ -183,6 +186,10 @@ impl View {
 
 /// The shortest and the longest time before a pod is looked at again.
 const AGAIN: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(30));
+
+/// How often the daemon looks whether the proxies have begun to listen whose pods'
+/// connections it holds.
+const HOLDING: Duration = Duration::from_millis(500);
 
 /// The registry of pods.
 pub(crate) struct Registry {
@@ -257,6 +264,7 @@ impl Registry {
                 Some(Message::Stop) | None => {}
             }
             self.look_again();
+            self.let_go();
             self.publish();
         }
     }
@@ -264,12 +272,18 @@ impl Registry {
     fn until_next(&self) -> Duration {
         let now = Instant::now();
         let sweep = (self.swept + RESYNC).saturating_duration_since(now);
-        self.pods
+        let next = self
+            .pods
             .values()
             .filter_map(|pod| pod.again)
             .map(|(at, _)| at.saturating_duration_since(now))
             .min()
-            .map_or(sweep, |next| next.min(sweep))
+            .map_or(sweep, |next| next.min(sweep));
+        if self.pods.values().any(|pod| pod.holding.is_some()) {
+            next.min(HOLDING)
+        } else {
+            next
+        }
     }
 
     fn publish(&self) {
@@ -597,9 +611,14 @@ impl Registry {
             return Err(error);
         }
         let took = start.elapsed();
+        let mut holding = self
+            .pods
+            .get_mut(name.as_ref())
+            .and_then(|pod| pod.holding.take());
         if attached == Attached::Newly {
             self.metrics.attached(took);
             give_memory_back();
+            holding = self.hold(name, &target.netns);
         }
         info!(
             pod = %name,
@@ -618,10 +637,55 @@ impl Registry {
                 number,
             }),
             cgroup: Some(target.cgroup.path().to_owned()),
+            holding,
             ..Pod::new(wanted.clone())
         };
         self.pods.insert(name.to_string(), pod);
         Ok(())
+    }
+
+    /// Holds a pod's connections, if that is what is to become of them.
+    fn hold(&self, name: &PodName, netns: &Netns) -> Option<(Holding, Instant)> {
+        if self.start_policy() != UntilProxyListens::Hold {
+            return None;
+        }
+        match datapath::hold(&self.config.pins, name, netns) {
+            Ok(holding) => Some((holding, Instant::now() + self.config.options.hold_limit())),
+            Err(error) => {
+                self.metrics.failed("hold", &error);
+                error!(
+                    pod = %name,
+                    error = in_one_line(&error),
+                    "connections are refused, not held, until the proxy listens"
+                );
+                None
+            }
+        }
+    }
+
+    fn start_policy(&self) -> UntilProxyListens {
+        self.config.options.until_proxy_listens.unwrap_or_default()
+    }
+
+    /// Ends the holding of those whose proxies have begun to listen, or whose time is up.
+    fn let_go(&mut self) {
+        let now = Instant::now();
+        for (name, pod) in &mut self.pods {
+            let Some((holding, until)) = &pod.holding else {
+                continue;
+            };
+            if !holding.is_needed() {
+                debug!(pod = name, "the proxy listens");
+            } else if *until <= now {
+                warn!(
+                    pod = name,
+                    "the proxy doesn't listen: its connections are refused from now on"
+                );
+            } else {
+                continue;
+            }
+            pod.holding = None;
+        }
     }
 
     fn attach_over(&self, name: &PodName, target: &Target, note: &str) -> Result<Attached> {
@@ -634,6 +698,7 @@ impl Registry {
             log_level: datapath::LogLevel::Off,
             allow_host: false,
             note: Some(note),
+            pass_at_start: self.start_policy() == UntilProxyListens::Pass,
         };
         match datapath::attach(pins, &request) {
             Err(Error::AttachedOtherwise {

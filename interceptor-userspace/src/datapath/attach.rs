@@ -11,7 +11,7 @@ use aya::maps::{Array, LpmTrie, MapData, PerCpuArray, PerCpuValues, lpm_trie::Ke
 use interceptor_common::{
     conn::Address,
     counters::Event,
-    listeners::{ProxyPort, SLOTS},
+    listeners::{PLACES, ProxyPort},
     pod::{Attachment, LAYOUT},
     routes::Route,
 };
@@ -56,6 +56,9 @@ pub struct Request<'a> {
     pub allow_host: bool,
     /// What who attaches wants to find again: pinned beside the rest.
     pub note: Option<&'a str>,
+    /// Whether connections pass until the proxy has begun to listen; otherwise they are
+    /// refused. For a pod that isn't attached yet.
+    pub pass_at_start: bool,
 }
 
 /// How an attachment went.
@@ -117,6 +120,12 @@ pub fn attach(pins: &Pins, request: &Request<'_>) -> Result<Attached> {
         let path = staging.map(NOTE);
         bpf::pin_text(note, &path).map_err(Error::system(format!("pinning {}", path.display())))?;
     }
+    if request.pass_at_start {
+        let mut passing = object.map_mut("PASSING")?;
+        ProxyPort::ALL
+            .into_iter()
+            .try_for_each(|port| set_passing(&mut passing, port, true))?;
+    }
     let additions = Additions::add(request.netns, settings, missing)?;
     if additions.bits() != missing {
         write_attachment(&mut object, request, additions.bits())?;
@@ -133,8 +142,11 @@ pub fn attach(pins: &Pins, request: &Request<'_>) -> Result<Attached> {
         if hook.program == "sock_ops" {
             // New listeners register themselves from here on; nothing looks
             // for them yet.
-            let events = register_listeners(object.listeners(), request)?;
-            count(&mut object.map_mut("COUNTERS")?, &events)?;
+            let found = register_listeners(object.listeners(), request)?;
+            count(&mut object.map_mut("COUNTERS")?, &found.kept_out)?;
+            if request.pass_at_start {
+                end_passing(&mut object.map_mut("PASSING")?, &found.ports)?;
+            }
         }
     }
     for (hook, link) in hooks().zip(&links) {
@@ -239,8 +251,9 @@ fn attach_again(request: &Request<'_>, directory: &Path) -> Result<Attached> {
         });
     }
     let listeners = opened.open_map("LISTENERS")?;
-    let events = register_listeners(listeners.fd().as_fd(), request)?;
-    count(&mut opened.map("COUNTERS")?, &events)?;
+    let found = register_listeners(listeners.fd().as_fd(), request)?;
+    count(&mut opened.map("COUNTERS")?, &found.kept_out)?;
+    end_passing(&mut opened.map("PASSING")?, &found.ports)?;
     read_surroundings(&opened, request.netns)?;
     Ok(Attached::Already)
 }
@@ -316,11 +329,19 @@ pub(crate) fn attach_dns(opened: &Opened, netns: &Netns) -> Result<()> {
     Ok(())
 }
 
+/// The proxy's listeners that were there.
+#[derive(Default)]
+struct Found {
+    /// On which ports.
+    ports: Vec<ProxyPort>,
+    /// What kept some from being registered.
+    kept_out: Vec<Event>,
+}
+
 /// Registers the proxy's listeners that nothing has registered yet: those that
 /// are older than the attachment, and those for which there was no place.
-/// Returns what kept others out.
-fn register_listeners(map: BorrowedFd<'_>, request: &Request<'_>) -> Result<Vec<Event>> {
-    let mut events = Vec::new();
+fn register_listeners(map: BorrowedFd<'_>, request: &Request<'_>) -> Result<Found> {
+    let mut all = Found::default();
     let ports = [
         (request.settings.outbound_port, ProxyPort::Outbound),
         (request.settings.inbound_port, ProxyPort::Inbound),
@@ -328,9 +349,9 @@ fn register_listeners(map: BorrowedFd<'_>, request: &Request<'_>) -> Result<Vec<
     ];
     let found = listeners::find(request.cgroup, request.netns, &ports.map(|(port, _)| port))?;
     if found.is_empty() {
-        return Ok(events);
+        return Ok(all);
     }
-    let registered: Vec<u64> = (0..ProxyPort::COUNT * SLOTS)
+    let registered: Vec<u64> = (0..ProxyPort::COUNT * PLACES)
         .filter_map(|slot| bpf::socket_cookie(map, slot))
         .collect();
     for listener in found {
@@ -339,18 +360,39 @@ fn register_listeners(map: BorrowedFd<'_>, request: &Request<'_>) -> Result<Vec<
         let Some((_, port)) = ports.iter().find(|(port, _)| *port == listener.port) else {
             continue;
         };
-        if registered.contains(&cookie) {
-            continue;
+        all.ports.push(*port);
+        if !registered.contains(&cookie) {
+            all.kept_out.extend(register(map, *port, &listener)?);
         }
-        events.extend(register(map, *port, &listener)?);
     }
-    Ok(events)
+    Ok(all)
+}
+
+/// Sets whether connections pass that should go to this port of the proxy.
+fn set_passing<T>(passing: &mut Array<T, u32>, port: ProxyPort, passes: bool) -> Result<()>
+where
+    T: Borrow<MapData> + BorrowMut<MapData>,
+{
+    passing
+        .set(port.index(), u32::from(passes), 0)
+        .map_err(Error::map("writing", "PASSING"))
+}
+
+/// The proxy listens on `ports`: nothing passes there any more.
+fn end_passing<T>(passing: &mut Array<T, u32>, ports: &[ProxyPort]) -> Result<()>
+where
+    T: Borrow<MapData> + BorrowMut<MapData>,
+{
+    ProxyPort::ALL
+        .into_iter()
+        .filter(|other| ports.iter().any(|port| port.ends_passing(*other)))
+        .try_for_each(|port| set_passing(passing, port, false))
 }
 
 /// Puts a listener into the first free slot; returns what kept it out, if
 /// something did.
 fn register(map: BorrowedFd<'_>, port: ProxyPort, listener: &Listener) -> Result<Option<Event>> {
-    for slot in port.first_slot()..port.first_slot() + SLOTS {
+    for slot in port.first_slot()..port.holding_slot() {
         match bpf::insert_socket(map, slot, listener.socket.as_fd()) {
             Ok(()) => return Ok(None),
             Err(error) => match error.raw_os_error() {

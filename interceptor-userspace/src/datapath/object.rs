@@ -49,7 +49,7 @@ use crate::{
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/interceptor-ebpf"));
 
 /// The maps that are pinned, by their names.
-pub(crate) const MAPS: [&str; 10] = [
+pub(crate) const MAPS: [&str; 11] = [
     "ASKED",
     "ATTACHMENT",
     "COUNTERS",
@@ -57,6 +57,7 @@ pub(crate) const MAPS: [&str; 10] = [
     "HANDSHAKES",
     "LISTENERS",
     "ORIGINS",
+    "PASSING",
     "PREFIXES",
     "ROUTES",
     "SETTINGS",

@@ -11,7 +11,7 @@ use interceptor_common::{
     config,
     conn::{Address, Endpoint, Handshake},
     counters::{Event, rule_index},
-    listeners::{ProxyPort, SLOTS},
+    listeners::ProxyPort,
     pod::{Attachment, LAYOUT},
     routes::Route,
 };
@@ -19,11 +19,12 @@ use serde::Serialize;
 
 use super::{
     attach::need_root,
-    bpf::{Link, LinkTarget},
+    bpf::{Link, LinkTarget, socket_cookie},
     object::{DNS_LINKS, Hook, LINKS, MAPS, has_set_retval},
     pins::{Pins, link_pin, map_pin},
     plain::Plain,
     policy,
+    startup::UntilProxyListens,
 };
 use crate::{
     Error, Result,
@@ -67,6 +68,8 @@ pub struct PodView {
     pub links: Vec<LinkView>,
     /// The proxy's listeners that are registered.
     pub listeners: ListenerView,
+    /// What becomes of connections that arrive while the proxy doesn't listen.
+    pub until_proxy_listens: UntilProxyListens,
     /// Redirected connections that no proxy has accepted yet.
     pub handshakes: usize,
     /// How many routes are known.
@@ -169,6 +172,7 @@ pub fn view(pins: &Pins, pod: &PodName) -> Result<PodView> {
         log_level: opened.attachment.log_level,
         links,
         listeners: opened.all_listeners()?,
+        until_proxy_listens: opened.until_proxy_listens()?,
         handshakes: handshakes.keys().count(),
         routes: routes.keys().count(),
         refusal: if has_set_retval() {
@@ -444,10 +448,26 @@ impl Opened {
         })
     }
 
+    fn until_proxy_listens(&self) -> Result<UntilProxyListens> {
+        let passing: Array<MapData, u32> = self.map("PASSING")?;
+        let passes = passing
+            .get(&ProxyPort::Inbound.index(), 0)
+            .map_err(Error::map("reading", "PASSING"))?;
+        let listeners = self.open_map("LISTENERS")?;
+        let holding = ProxyPort::Inbound.holding_slot();
+        Ok(if passes != 0 {
+            UntilProxyListens::Pass
+        } else if socket_cookie(listeners.fd().as_fd(), holding).is_some() {
+            UntilProxyListens::Hold
+        } else {
+            UntilProxyListens::Refuse
+        })
+    }
+
     pub(crate) fn listeners(&self, port: ProxyPort) -> Result<usize> {
         let map = self.open_map("LISTENERS")?;
-        Ok((port.first_slot()..port.first_slot() + SLOTS)
-            .filter(|slot| super::bpf::socket_cookie(map.fd().as_fd(), *slot).is_some())
+        Ok((port.first_slot()..port.holding_slot())
+            .filter(|slot| socket_cookie(map.fd().as_fd(), *slot).is_some())
             .count())
     }
 }
@@ -460,6 +480,7 @@ const fn event_name(event: Event) -> &'static str {
         Event::ListenerUnsuitable => "listener_unsuitable",
         Event::SourceNotKept => "source_not_kept",
         Event::RoutesChanged => "routes_changed",
+        Event::PassedAtStart => "passed_at_start",
     }
 }
 
@@ -474,6 +495,9 @@ const fn event_words(event: Event) -> &'static str {
         Event::SourceNotKept => "connections whose source address was not kept",
         Event::RoutesChanged => {
             "connections stopped because the routes have changed: attach the pod again"
+        }
+        Event::PassedAtStart => {
+            "connections that went past the proxy because it had not begun to listen"
         }
     }
 }

@@ -6,13 +6,13 @@ use std::{
     process::{Command, Stdio},
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::{
     compile::HOST,
-    process::{cargo, command, output},
+    process::{cargo, command, output, shown},
 };
 
 /// What cargo built, and what of it guests get.
@@ -56,11 +56,19 @@ pub(super) fn build(programs: &[&str], suites: &[String]) -> Result<Programs> {
 
 /// Runs a build, and returns what it says to programs.
 fn built(command: &mut Command) -> Result<String> {
-    output(
-        command
-            .args(["--message-format", "json-render-diagnostics"])
-            .stderr(Stdio::inherit()),
-    )
+    let output = command
+        .args(["--message-format", "json-render-diagnostics"])
+        .stderr(Stdio::inherit())
+        .output()
+        .with_context(|| format!("start {}", shown(command)))?;
+    // What is wrong it has said to people.
+    ensure!(
+        output.status.success(),
+        "{}: {}",
+        shown(command),
+        output.status
+    );
+    String::from_utf8(output.stdout).context("read what cargo says")
 }
 
 /// The name and the path of a program that a line of cargo's speaks of.
