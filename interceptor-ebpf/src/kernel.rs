@@ -36,6 +36,11 @@ pub(crate) static PAGE_SIZE: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
 pub(crate) static AFTER_ANOTHER: Global<bool> = Global::new(false);
 
+/// Whether connections pass until the proxy listens: only then is the `PASSING` map looked
+/// at.
+#[unsafe(no_mangle)]
+pub(crate) static MAY_PASS: Global<bool> = Global::new(false);
+
 // Offsets in bytes of fields of kernel structures, from the kernel's BTF.
 #[unsafe(no_mangle)]
 static SOCK_SK_SOCKET: Global<u32> = Global::new(0);

@@ -25,6 +25,8 @@ use interceptor_common::{
     routes::{MAX_ROUTES, Route},
 };
 
+use crate::kernel;
+
 /// The most handshakes in flight. An entry lives from the client's SYN until
 /// the proxy's socket is established; the memory is taken entry by entry.
 const MAX_HANDSHAKES: usize = 8192;
@@ -132,7 +134,10 @@ static PASSING: Array<u32, { ProxyPort::COUNT as usize }> = Array::new();
 /// not begun to listen.
 #[inline(always)]
 pub(crate) fn passes(port: ProxyPort) -> bool {
-    PASSING.get(port.index()).is_some_and(|passing| *passing != 0)
+    kernel::MAY_PASS.load()
+        && PASSING
+            .get(port.index())
+            .is_some_and(|passing| *passing != 0)
 }
 
 /// The proxy listens on a port: nothing passes there any more.

@@ -202,6 +202,7 @@ fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Connect {
         Verdict::Direct
     } else {
         let decision = forgotten(settings, output(settings, &ListMap, &facts));
+        let decision = forgotten(settings, unless_passing(decision));
         if !unreachable {
             maps::count_decision(&decision, &destination.address);
         }
@@ -213,13 +214,6 @@ fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Connect {
             decision.rule
         );
         decision.verdict
-    };
-    let verdict = match ProxyPort::of(verdict) {
-        Some(port) if maps::passes(port) => {
-            maps::count(Event::PassedAtStart);
-            Verdict::Direct
-        }
-        _ => verdict,
     };
 
     let port = match verdict {
@@ -288,6 +282,22 @@ fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Connect {
         maps::count(Event::OriginLost);
         warn!(ctx, "no memory for an original destination");
         Connect::Refused
+    }
+}
+
+/// The decision, but for a connection that passes because its proxy has not begun to
+/// listen.
+#[inline(always)]
+fn unless_passing(decision: Decision) -> Decision {
+    match ProxyPort::of(decision.verdict) {
+        Some(port) if maps::passes(port) => {
+            maps::count(Event::PassedAtStart);
+            Decision {
+                verdict: Verdict::Direct,
+                ..decision
+            }
+        }
+        _ => decision,
     }
 }
 

@@ -38,7 +38,11 @@ use self::{
     server::Server,
     sources::cgroups::Watched,
 };
-use crate::{Error, Result, api::DaemonStatus, datapath::{need_root, raise_locked_memory}};
+use crate::{
+    Error, Result,
+    api::DaemonStatus,
+    datapath::{need_root, raise_locked_memory},
+};
 
 /// How long stopping may take: what is under way is finished.
 const STOPPING: Duration = Duration::from_secs(10);

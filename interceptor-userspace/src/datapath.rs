@@ -20,10 +20,10 @@ pub use adopt::{Inspected, Version, inspect, move_to, upgrade};
 pub use attach::{Attached, Request, attach, detach, follow, need_root, remove_all_leftovers};
 pub use cleanup::{Found, FoundState, everything, remove, remove_root};
 pub use explain::{Explanation, Question, explain};
+pub(crate) use object::raise_locked_memory;
 pub use object::{
     ForeignProgram, LogLevel, ProgramSize, check_kernel_types, foreign_programs, load_only,
 };
-pub(crate) use object::raise_locked_memory;
 pub use pins::{DEFAULT_ROOT, DaemonLock, Pins};
 pub use policy::{Change, set};
 pub use routes::has_ipv6;

@@ -6,7 +6,7 @@
 use std::{
     fs,
     io::{Read as _, Write as _},
-    net::{Ipv4Addr, SocketAddr},
+    net::{Ipv4Addr, SocketAddr, UdpSocket},
     os::unix::{fs::PermissionsExt as _, net::UnixStream},
     process::Command,
     thread,
@@ -24,7 +24,7 @@ use interceptor_tests::{
     foreign::{Counter, Hook, Sharing, replace_program},
     inside::Inside,
     interception::interceptor,
-    pod::{Credentials, Host, Pod},
+    pod::{Credentials, Host, PEER_V4, Pod},
     world::{
         APP, EVERYWHERE, INBOUND, OUTBOUND, Way, World, assert_direct, assert_refused,
         assert_served, objects, start_server,
@@ -35,6 +35,7 @@ use interceptor_userspace::{
     daemon::CAPABILITIES,
 };
 use proptest::{prelude::*, test_runner::TestRunner};
+use socket2::{Domain, Protocol, Type};
 
 /// All directories below the root of pins but the daemon's own.
 fn directories(cli: &Cli) -> Result<Vec<String>> {
@@ -433,10 +434,7 @@ fn connections_are_held_until_the_proxy_listens() -> Result<()> {
 #[test]
 fn connections_are_held_no_longer_than_the_limit_or_than_the_daemon_lives() -> Result<()> {
     let world = World::new()?;
-    let mut daemon = Daemon::start(
-        &world.cli,
-        "until-proxy-listens = 'hold'\nhold-limit = 2\n",
-    )?;
+    let mut daemon = Daemon::start(&world.cli, "until-proxy-listens = 'hold'\nhold-limit = 2\n")?;
     daemon.write_pod(&world.pod)?;
     daemon.wait_for(world.name(), PodState::Attached)?;
     // The first SYNs are dropped; those after the limit are refused.
@@ -530,6 +528,50 @@ fn connections_pass_until_the_proxy_has_begun_to_listen() -> Result<()> {
     let live = world.assert_intercepted()?;
     drop((live, proxy));
     assert_refused(&world.app, v4)
+}
+
+#[test]
+fn dns_over_udp_passes_until_the_proxy_has_begun_to_listen() -> Result<()> {
+    let world = World::new()?;
+    let daemon = Daemon::start(
+        &world.cli,
+        "until-proxy-listens = 'pass'\n[settings]\ndns = 'all'\n",
+    )?;
+    let udp = |inside: &Inside, address: SocketAddr| -> Result<_> {
+        let socket = inside.socket(Domain::IPV4, Type::DGRAM, Protocol::UDP)?;
+        socket.set_read_timeout(Some(LIMIT))?;
+        socket.bind(&address.into())?;
+        Ok(UdpSocket::from(socket))
+    };
+    let to = SocketAddr::new(PEER_V4, 53);
+    let server = udp(&world.peer, to)?;
+    let proxy = udp(&world.proxy, (Ipv4Addr::LOCALHOST, 15053).into())?;
+    daemon.write_pod(&world.pod)?;
+    daemon.wait_for(world.name(), PodState::Attached)?;
+
+    let any = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
+    let ask = |connected: bool| -> Result<()> {
+        let client = udp(&world.app, any)?;
+        if connected {
+            client.connect(to)?;
+            client.send(b"?")?;
+        } else {
+            client.send_to(b"?", to)?;
+        }
+        Ok(())
+    };
+    let heard = |by: &UdpSocket| by.recv(&mut [0; 8]).context("no request came");
+    for connected in [true, false] {
+        ask(connected)?;
+        heard(&server)?;
+    }
+    // It isn't seen to listen for UDP.
+    let _proxy = world.start_proxy(&EVERYWHERE)?;
+    for connected in [true, false] {
+        ask(connected)?;
+        heard(&proxy)?;
+    }
+    Ok(())
 }
 
 fn outbound(connections: usize) -> Connect {

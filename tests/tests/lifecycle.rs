@@ -912,7 +912,8 @@ fn json_has_the_documented_fields() -> Result<()> {
                 "pod",
                 "refusal",
                 "routes",
-                "settings"
+                "settings",
+                "until_proxy_listens"
             ],
         "{status}"
     );

@@ -218,6 +218,7 @@ fn load(opened: &Opened, hooks: &[&'static Hook], after_another: bool) -> Result
             log_level: LogLevel::from_number(opened.attachment.log_level),
             maps: Maps::Pinned(&opened.directory),
             after_another,
+            may_pass: opened.passes()?,
         },
         hooks.iter().copied(),
     )

@@ -102,6 +102,7 @@ pub fn attach(pins: &Pins, request: &Request<'_>) -> Result<Attached> {
                 counters: policy::counters(settings),
             },
             after_another: false,
+            may_pass: request.pass_at_start,
         },
         hooks(),
     )?;
@@ -316,6 +317,7 @@ pub(crate) fn attach_dns(opened: &Opened, netns: &Netns) -> Result<()> {
             log_level: LogLevel::from_number(opened.attachment.log_level),
             maps: Maps::Pinned(&opened.directory),
             after_another: false,
+            may_pass: opened.passes()?,
         },
         missing.iter().copied(),
     )?;

@@ -178,6 +178,8 @@ pub(crate) struct Loading<'a> {
     pub(crate) maps: Maps<'a>,
     /// Whether the same programs run before these, on a cgroup below.
     pub(crate) after_another: bool,
+    /// Whether connections may pass until the proxy listens.
+    pub(crate) may_pass: bool,
 }
 
 impl Loading<'_> {
@@ -192,6 +194,7 @@ impl Loading<'_> {
             counters: MAX_COUNTERS,
         },
         after_another: false,
+        may_pass: true,
     };
 }
 
@@ -229,6 +232,7 @@ impl Object {
             ("PAGE_SIZE", page_size().to_ne_bytes().to_vec()),
             ("AYA_LOG_LEVEL", vec![loading.log_level as u8]),
             ("AFTER_ANOTHER", vec![u8::from(loading.after_another)]),
+            ("MAY_PASS", vec![u8::from(loading.may_pass)]),
         ];
         globals.extend(
             offsets

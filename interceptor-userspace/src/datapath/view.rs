@@ -448,14 +448,24 @@ impl Opened {
         })
     }
 
-    fn until_proxy_listens(&self) -> Result<UntilProxyListens> {
+    /// Whether connections pass on a port of the proxy, because that doesn't listen yet.
+    pub(crate) fn passes(&self) -> Result<bool> {
         let passing: Array<MapData, u32> = self.map("PASSING")?;
-        let passes = passing
-            .get(&ProxyPort::Inbound.index(), 0)
-            .map_err(Error::map("reading", "PASSING"))?;
+        for port in ProxyPort::ALL {
+            let passes = passing
+                .get(&port.index(), 0)
+                .map_err(Error::map("reading", "PASSING"))?;
+            if passes != 0 {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    fn until_proxy_listens(&self) -> Result<UntilProxyListens> {
         let listeners = self.open_map("LISTENERS")?;
         let holding = ProxyPort::Inbound.holding_slot();
-        Ok(if passes != 0 {
+        Ok(if self.passes()? {
             UntilProxyListens::Pass
         } else if socket_cookie(listeners.fd().as_fd(), holding).is_some() {
             UntilProxyListens::Hold
