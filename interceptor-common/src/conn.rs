@@ -262,6 +262,34 @@ pub struct Origin {
     pub source_chosen: u32,
 }
 
+/// A socket of a live connection, as the kernel programs tell of it when they are
+/// asked for all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct LiveSocket {
+    /// Its own end.
+    pub local: Endpoint,
+    /// The other end.
+    pub remote: Endpoint,
+    /// Where a redirected connection meant to go; zero if `role` is.
+    pub original_destination: Endpoint,
+    /// A [`Role`], as its number; 0 if the socket remembers nothing.
+    pub role: u32,
+    /// The state that TCP has it in (`net/tcp_states.h`).
+    pub state: u32,
+    /// The fsuid of who opened its file, as the initial user namespace numbers it;
+    /// `u32::MAX` if nobody has it open.
+    pub uid: u32,
+    /// The fsgid, the same way.
+    pub gid: u32,
+    /// Its mark (`SO_MARK`).
+    pub mark: u32,
+    /// The index of the interface that it is bound to; 0 if it is bound to none.
+    pub bound_interface: u32,
+    /// The index of the interface that its SYN arrived by; 0 if it connected itself.
+    pub in_interface: u32,
+}
+
 /// The number of proxy addresses of each family that outbound connections are
 /// spread over.
 ///

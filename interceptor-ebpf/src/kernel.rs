@@ -10,7 +10,12 @@ use aya_ebpf::{
     helpers::generated::{bpf_probe_read_kernel, bpf_skc_to_tcp_sock},
     macros::btf_map,
 };
-use interceptor_common::chains::Owner;
+use interceptor_common::{
+    chains::Owner,
+    conn::{Address, Endpoint},
+};
+
+use crate::context::AF_INET;
 
 /// The inode of the pod's network namespace.
 #[unsafe(no_mangle)]
@@ -42,6 +47,44 @@ pub(crate) static AFTER_ANOTHER: Global<bool> = Global::new(false);
 pub(crate) static MAY_PASS: Global<bool> = Global::new(false);
 
 // Offsets in bytes of fields of kernel structures, from the kernel's BTF.
+/// `sock_common`: an `unsigned short`.
+#[unsafe(no_mangle)]
+static SOCK_COMMON_SKC_FAMILY: Global<u32> = Global::new(0);
+/// An `unsigned char`.
+#[unsafe(no_mangle)]
+static SOCK_COMMON_SKC_STATE: Global<u32> = Global::new(0);
+/// The local address, network byte order.
+#[unsafe(no_mangle)]
+static SOCK_COMMON_SKC_RCV_SADDR: Global<u32> = Global::new(0);
+/// The remote address, network byte order.
+#[unsafe(no_mangle)]
+static SOCK_COMMON_SKC_DADDR: Global<u32> = Global::new(0);
+/// The local address of an `AF_INET6` socket, network byte order.
+#[unsafe(no_mangle)]
+static SOCK_COMMON_SKC_V6_RCV_SADDR: Global<u32> = Global::new(0);
+/// The remote one.
+#[unsafe(no_mangle)]
+static SOCK_COMMON_SKC_V6_DADDR: Global<u32> = Global::new(0);
+/// The local port, host byte order.
+#[unsafe(no_mangle)]
+static SOCK_COMMON_SKC_NUM: Global<u32> = Global::new(0);
+/// The remote port, network byte order.
+#[unsafe(no_mangle)]
+static SOCK_COMMON_SKC_DPORT: Global<u32> = Global::new(0);
+/// An `int`.
+#[unsafe(no_mangle)]
+static SOCK_COMMON_SKC_BOUND_DEV_IF: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
+static SOCK_SK_MARK: Global<u32> = Global::new(0);
+/// The interface that multicast leaves by. TCP has no multicast, and keeps there
+/// which interface the SYN of an accepted connection arrived by.
+#[unsafe(no_mangle)]
+static INET_SOCK_MC_INDEX: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
+static INET_SOCK_PINET6: Global<u32> = Global::new(0);
+/// The same as `INET_SOCK_MC_INDEX` of an IPv6 connection.
+#[unsafe(no_mangle)]
+static IPV6_PINFO_MCAST_OIF: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
 static SOCK_SK_SOCKET: Global<u32> = Global::new(0);
 /// `sock_common.skc_net.net`.
@@ -131,6 +174,91 @@ pub(crate) fn owner(sock: TcpSock) -> Option<Owner> {
             uid: field(cred, &CRED_FSUID),
             gid: field(cred, &CRED_FSGID),
         })
+    }
+}
+
+/// The local and the remote end of the socket's connection.
+#[inline(always)]
+pub(crate) fn ends(sock: TcpSock) -> (Endpoint, Endpoint) {
+    let sock = sock.0;
+    // SAFETY: as the type promises.
+    unsafe {
+        let family: u16 = field(sock, &SOCK_COMMON_SKC_FAMILY);
+        let (local, remote) = if u32::from(family) == AF_INET {
+            (
+                Address::from_be32(field(sock, &SOCK_COMMON_SKC_RCV_SADDR)),
+                Address::from_be32(field(sock, &SOCK_COMMON_SKC_DADDR)),
+            )
+        } else {
+            (
+                address_v6(sock, &SOCK_COMMON_SKC_V6_RCV_SADDR),
+                address_v6(sock, &SOCK_COMMON_SKC_V6_DADDR),
+            )
+        };
+        (
+            Endpoint::new(local, field(sock, &SOCK_COMMON_SKC_NUM)),
+            Endpoint::new(remote, u16::from_be(field(sock, &SOCK_COMMON_SKC_DPORT))),
+        )
+    }
+}
+
+/// The IPv6 address at `offset` of the kernel structure at `base`, read word by word
+/// as far as the verifier is concerned.
+///
+/// # Safety
+///
+/// As of [`field`].
+#[inline(always)]
+unsafe fn address_v6(base: *const u8, offset: &Global<u32>) -> Address {
+    // SAFETY: the caller's promise, for each of the structure's four words.
+    unsafe {
+        let words = base.add(offset.load() as usize).cast::<u32>();
+        Address::from_be32s([
+            words.read_volatile(),
+            words.add(1).read_volatile(),
+            words.add(2).read_volatile(),
+            words.add(3).read_volatile(),
+        ])
+    }
+}
+
+/// The state that TCP has the socket in.
+#[inline(always)]
+pub(crate) fn state(sock: TcpSock) -> u32 {
+    // SAFETY: as the type promises.
+    u32::from(unsafe { field::<u8>(sock.0, &SOCK_COMMON_SKC_STATE) })
+}
+
+/// The socket's mark.
+#[inline(always)]
+pub(crate) fn mark(sock: TcpSock) -> u32 {
+    // SAFETY: as the type promises.
+    unsafe { field(sock.0, &SOCK_SK_MARK) }
+}
+
+/// The index of the interface that the socket is bound to; 0 if there is none.
+#[inline(always)]
+pub(crate) fn bound_interface(sock: TcpSock) -> u32 {
+    // SAFETY: as the type promises.
+    unsafe { field(sock.0, &SOCK_COMMON_SKC_BOUND_DEV_IF) }
+}
+
+/// The index of the interface that the SYN of an accepted connection arrived by; 0
+/// if the socket connected itself (`tcp_v4_syn_recv_sock`, `tcp_v6_syn_recv_sock`).
+#[inline(always)]
+pub(crate) fn in_interface(sock: TcpSock) -> u32 {
+    let sock = sock.0;
+    // SAFETY: as the type promises.
+    unsafe {
+        let v4: u32 = field(sock, &INET_SOCK_MC_INDEX);
+        if v4 != 0 {
+            return v4;
+        }
+        let v6: *const u8 = field(sock, &INET_SOCK_PINET6);
+        if v6.is_null() {
+            return 0;
+        }
+        field(v6, &IPV6_PINFO_MCAST_OIF)
     }
 }
 

@@ -2,13 +2,15 @@
 //! connection.
 //!
 //! They gather facts, ask [`interceptor_common::chains`], and carry out the
-//! verdict. None runs per packet; each leaves as early as it can.
+//! verdict. None runs per packet; each leaves as early as it can. Those of
+//! [`connections`] run only when somebody asks.
 #![no_std]
 #![no_main]
 // Inline assembly for BPF; the kernel object needs a compiler that builds core
 // from source anyway.
 #![feature(asm_experimental_arch)]
 
+mod connections;
 mod context;
 mod dns;
 mod inbound;

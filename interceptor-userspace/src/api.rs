@@ -5,6 +5,8 @@
 //! one side doesn't know is ignored, so that the CNI plugin and the daemon may be
 //! replaced one after the other; an unknown request is refused.
 
+mod pins;
+
 use std::{
     collections::BTreeMap,
     io::{self, BufRead as _, BufReader, Read as _, Write as _},
@@ -15,6 +17,12 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
+
+pub use self::pins::from_pins;
+use crate::{
+    datapath::{ChainView, Connection, PodView},
+    pod::PodName,
+};
 
 /// Where the daemon listens if nothing else is said.
 pub const DEFAULT_SOCKET: &str = "/run/interceptor/daemon.sock";
@@ -50,6 +58,33 @@ pub enum Request {
     Status,
     /// Which pods the daemon knows. Answered with [`Answer::Pods`].
     Pods,
+    /// What is attached for a pod, or for all. Answered with an [`Answer::View`] or an
+    /// [`Answer::NoView`] for each pod, and at the end [`Answer::Done`].
+    View {
+        /// The pod's name; none for all.
+        #[serde(default)]
+        pod: Option<PodName>,
+    },
+    /// A pod's chains. Answered with [`Answer::Chains`].
+    Chains {
+        /// The pod's name.
+        pod: PodName,
+    },
+    /// The live connections of a pod, or of all. Answered with as many
+    /// [`Answer::Connections`] as it takes, and at the end [`Answer::Done`].
+    Connections {
+        /// The pod's name; none for all.
+        #[serde(default)]
+        pod: Option<PodName>,
+    },
+}
+
+impl Request {
+    /// Whether there is more than one answer: the last is [`Answer::Done`], or
+    /// [`Answer::Refused`] if the others aren't all there is.
+    pub const fn is_answered_in_parts(&self) -> bool {
+        matches!(self, Self::View { .. } | Self::Connections { .. })
+    }
 }
 
 /// A pod's interface, as CNI tells one from another.
@@ -117,6 +152,25 @@ pub enum Answer {
     Pods {
         /// By name.
         pods: Vec<PodStatus>,
+    },
+    /// What is attached for a pod.
+    View(Box<PodView>),
+    /// What is attached for a pod can't be told.
+    NoView {
+        /// Its name.
+        pod: PodName,
+        /// Why.
+        error: String,
+    },
+    /// A pod's chains.
+    Chains {
+        /// In their order.
+        chains: Vec<ChainView>,
+    },
+    /// Some of the live connections.
+    Connections {
+        /// In no order.
+        connections: Vec<Connection>,
     },
 }
 
@@ -197,44 +251,98 @@ pub enum ClientError {
     },
 }
 
-/// Asks the daemon that listens at `socket`, and waits no longer than `limit`
+/// A conversation with the daemon.
+#[derive(Debug)]
+pub struct Client {
+    socket: PathBuf,
+    stream: BufReader<UnixStream>,
+    limit: Duration,
+}
+
+impl Client {
+    /// Begins one with the daemon that listens at `socket`. Each answer, and being
+    /// heard, may take as long as `limit`.
+    ///
+    /// # Errors
+    ///
+    /// If no daemon listens, or this process may not speak to it.
+    pub fn connect(socket: &Path, limit: Duration) -> Result<Self, ClientError> {
+        let connected = UnixStream::connect(socket).and_then(|stream| {
+            stream.set_read_timeout(Some(limit))?;
+            stream.set_write_timeout(Some(limit))?;
+            Ok(stream)
+        });
+        let socket = socket.to_owned();
+        match connected {
+            Ok(stream) => Ok(Self {
+                socket,
+                stream: BufReader::new(stream),
+                limit,
+            }),
+            Err(source) => Err(match source.kind() {
+                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
+                    ClientError::NoDaemon { socket, source }
+                }
+                _ => ClientError::Failed { socket, source },
+            }),
+        }
+    }
+
+    /// Asks, and waits for the answer: the first, if it comes in parts.
+    ///
+    /// # Errors
+    ///
+    /// If it doesn't come in time, or not in this protocol.
+    pub fn ask(&mut self, request: &Request) -> Result<Answer, ClientError> {
+        self.send(request)
+            .and_then(|()| self.receive())
+            .map_err(|source| self.failed(source))
+    }
+
+    /// The next part of an answer.
+    ///
+    /// # Errors
+    ///
+    /// As of [`Self::ask`].
+    pub fn next_part(&mut self) -> Result<Answer, ClientError> {
+        self.receive().map_err(|source| self.failed(source))
+    }
+
+    fn send(&self, request: &Request) -> io::Result<()> {
+        let line = to_line(request)?;
+        (&mut self.stream.get_ref()).write_all(&line)
+    }
+
+    fn receive(&mut self) -> io::Result<Answer> {
+        let mut answer = Vec::new();
+        (&mut self.stream)
+            .take(MAX_MESSAGE as u64)
+            .read_until(b'\n', &mut answer)?;
+        from_line(&answer)
+    }
+
+    fn failed(&self, source: io::Error) -> ClientError {
+        ClientError::Failed {
+            socket: self.socket.clone(),
+            source: match source.kind() {
+                io::ErrorKind::WouldBlock => io::Error::new(
+                    io::ErrorKind::TimedOut,
+                    format!("it has not answered within {:?}", self.limit),
+                ),
+                _ => source,
+            },
+        }
+    }
+}
+
+/// Asks the daemon that listens at `socket` one thing, and waits no longer than `limit`
 /// for each of: being heard, and the answer.
 ///
 /// # Errors
 ///
 /// If no daemon listens, it doesn't answer in time, or not in this protocol.
 pub fn ask(socket: &Path, request: &Request, limit: Duration) -> Result<Answer, ClientError> {
-    let stream = UnixStream::connect(socket).map_err(|source| {
-        let socket = socket.to_owned();
-        match source.kind() {
-            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
-                ClientError::NoDaemon { socket, source }
-            }
-            _ => ClientError::Failed { socket, source },
-        }
-    })?;
-    converse(&stream, request, limit).map_err(|source| ClientError::Failed {
-        socket: socket.to_owned(),
-        source: match source.kind() {
-            io::ErrorKind::WouldBlock => io::Error::new(
-                io::ErrorKind::TimedOut,
-                format!("it has not answered within {limit:?}"),
-            ),
-            _ => source,
-        },
-    })
-}
-
-fn converse(stream: &UnixStream, request: &Request, limit: Duration) -> io::Result<Answer> {
-    stream.set_read_timeout(Some(limit))?;
-    stream.set_write_timeout(Some(limit))?;
-    let line = to_line(request)?;
-    (&mut &*stream).write_all(&line)?;
-    let mut answer = Vec::new();
-    BufReader::new(stream)
-        .take(MAX_MESSAGE as u64)
-        .read_until(b'\n', &mut answer)?;
-    from_line(&answer)
+    Client::connect(socket, limit)?.ask(request)
 }
 
 /// A message as it travels, with the end of its line.
@@ -304,6 +412,13 @@ mod tests {
             Request::CniStatus,
             Request::Status,
             Request::Pods,
+            Request::View { pod: None },
+            Request::Chains {
+                pod: "web".parse().unwrap(),
+            },
+            Request::Connections {
+                pod: Some("web".parse().unwrap()),
+            },
         ] {
             let line = to_line(&request).unwrap();
             assert_eq!(line.iter().filter(|byte| **byte == b'\n').count(), 1);

@@ -7,12 +7,14 @@ mod check;
 mod cleanup;
 mod cni_install;
 mod cni_uninstall;
+mod connections;
 mod daemon;
 mod detach;
 mod explain;
 mod import;
 mod istio_iptables;
 mod logs;
+mod node;
 mod pods;
 mod proxy;
 mod set;
@@ -77,6 +79,8 @@ enum Command {
     Status(status::Args),
     /// Show a pod's chains, and how many connections each rule has decided.
     Chains(chains::Args),
+    /// Show the live connections that go through pods' proxies, and where they were meant to go.
+    Connections(connections::Args),
     /// Say which rule decides about a connection, and why.
     Explain(explain::Args),
     /// Read the settings off a pod's iptables chains.
@@ -111,7 +115,8 @@ pub(crate) fn main() -> ExitCode {
         Command::Set(args) => set::run(&args, &pins, cli.output),
         Command::Detach(args) => detach::run(&args, &pins, cli.output),
         Command::Status(args) => status::run(args, &pins, cli.output),
-        Command::Chains(args) => chains::run(&args, &pins, cli.output),
+        Command::Chains(args) => chains::run(args, &pins, cli.output),
+        Command::Connections(args) => connections::run(args, &pins, cli.output),
         Command::Explain(args) => explain::run(&args, &pins, cli.output),
         Command::Import(args) => import::run(&args, cli.output),
         Command::IstioIptables(args) => return istio_iptables::run(&args, &pins),

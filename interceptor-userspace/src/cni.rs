@@ -189,7 +189,12 @@ fn judge(command: Cmd, answer: Answer) -> Result<(), Error> {
             "Interceptor's daemon refused".to_owned(),
             error,
         )),
-        Answer::Status(_) | Answer::Pods { .. } => Err(Error::Custom(
+        Answer::Status(_)
+        | Answer::Pods { .. }
+        | Answer::View(_)
+        | Answer::NoView { .. }
+        | Answer::Chains { .. }
+        | Answer::Connections { .. } => Err(Error::Custom(
             ODD_ANSWER,
             "Interceptor's daemon answered another question".to_owned(),
             "install the plugin and the daemon from one release".to_owned(),

@@ -21,6 +21,7 @@ use std::{
 
 use tokio::{
     signal::unix::{SignalKind, signal},
+    sync::Semaphore,
     time::interval,
 };
 use tracing::{error, info, warn};
@@ -35,7 +36,7 @@ pub use sources::{
 use self::{
     metrics::Metrics,
     pods::{Message, Registry, View},
-    server::Server,
+    server::{READINGS, Server},
     sources::cgroups::Watched,
 };
 use crate::{
@@ -117,6 +118,7 @@ async fn serve(config: Config) -> Result<()> {
             pods: [].into(),
         },
         started,
+        readings: Arc::new(Semaphore::new(READINGS)),
     });
     info!(
         version = env!("CARGO_PKG_VERSION"),

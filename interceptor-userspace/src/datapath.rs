@@ -6,6 +6,7 @@ mod adopt;
 mod attach;
 mod bpf;
 mod cleanup;
+mod connections;
 mod explain;
 mod kernel_types;
 mod object;
@@ -19,6 +20,7 @@ mod view;
 pub use adopt::{Inspected, Version, inspect, move_to, upgrade};
 pub use attach::{Attached, Request, attach, detach, follow, need_root, remove_all_leftovers};
 pub use cleanup::{Found, FoundState, everything, remove, remove_root};
+pub use connections::{Connection, DecidedBy, Direction, Side, connections};
 pub use explain::{Explanation, Question, explain};
 pub(crate) use object::raise_locked_memory;
 pub use object::{

@@ -8,6 +8,7 @@ use std::{
     io::{Read as _, Write as _},
     net::{Ipv4Addr, SocketAddr, UdpSocket},
     os::unix::{fs::PermissionsExt as _, net::UnixStream},
+    path::Path,
     process::Command,
     thread,
     time::{Duration, Instant},
@@ -22,12 +23,12 @@ use interceptor_tests::{
     daemon::{Daemon, LIMIT},
     flood::{Clients, Connect, Serve, Server},
     foreign::{Counter, Hook, Sharing, replace_program},
-    inside::Inside,
+    inside::{Conversation, Inside},
     interception::interceptor,
     pod::{Credentials, Host, PEER_V4, Pod},
     world::{
-        APP, EVERYWHERE, INBOUND, OUTBOUND, Way, World, assert_direct, assert_refused,
-        assert_served, objects, start_server,
+        APP, EVERYWHERE, EXCLUDED_PORT, INBOUND, OUTBOUND, PORT, Way, World, assert_direct,
+        assert_refused, assert_served, objects, start_server,
     },
 };
 use interceptor_userspace::{
@@ -35,6 +36,7 @@ use interceptor_userspace::{
     daemon::CAPABILITIES,
 };
 use proptest::{prelude::*, test_runner::TestRunner};
+use serde_json::Value;
 use socket2::{Domain, Protocol, Type};
 
 /// All directories below the root of pins but the daemon's own.
@@ -914,6 +916,187 @@ fn pods_are_shown_with_and_without_a_daemon() -> Result<()> {
     Ok(())
 }
 
+/// What `interceptor connections` prints, each connection as its direction, side,
+/// original destination, chain and rule.
+fn connections(cli: &Cli, socket: &Path, pod: &str) -> Result<Vec<Value>> {
+    let mut command = cli.command()?;
+    command
+        .args(["connections", "-o", "json", "--pod", pod, "--socket"])
+        .arg(socket);
+    let connections = run_json(&mut command)?;
+    Ok(connections.as_array().context("no list")?.clone())
+}
+
+#[test]
+fn live_connections_are_shown_with_and_without_a_daemon() -> Result<()> {
+    let world = World::new()?;
+    let mut daemon = Daemon::start(&world.cli, "")?;
+    let _proxy = world.start_proxy(&EVERYWHERE)?;
+    daemon.write_pod(&world.pod)?;
+    daemon.wait_for(world.name(), PodState::Attached)?;
+    let socket = daemon.socket();
+    let known = || connections(&world.cli, &socket, world.name());
+
+    // Neither of what isn't redirected.
+    let (to, from) = (Way::Out.destinations(), Way::In.destinations());
+    let excluded = SocketAddr::new(from[0].ip(), EXCLUDED_PORT);
+    let direct = [
+        assert_direct("PEER", &world.proxy, to[0])?,
+        assert_direct("APP", &world.peer, excluded)?,
+    ];
+    ensure!(known()?.is_empty(), "{:?}", known()?);
+
+    let live = world.assert_intercepted()?;
+    let client = |conversation: &Conversation| -> Result<String> {
+        let address = conversation.socket().local_addr()?.as_socket();
+        Ok(address.context("no address")?.to_string())
+    };
+    let mut expected = Vec::new();
+    for (way, to, conversation) in [
+        (Way::Out, to[0], &live[0]),
+        (Way::Out, to[1], &live[1]),
+        (Way::In, from[0], &live[2]),
+        (Way::In, from[1], &live[3]),
+    ] {
+        let client = client(conversation)?;
+        let row = |side: &str, chain: Option<&str>, number: Option<u32>| {
+            serde_json::json!([
+                match way {
+                    Way::Out => "outbound",
+                    Way::In => "inbound",
+                },
+                side,
+                client,
+                to.to_string(),
+                "ESTAB",
+                chain,
+                number,
+            ])
+        };
+        match way {
+            Way::Out => {
+                expected.push(row("client", Some("ISTIO_OUTPUT"), Some(9)));
+                expected.push(row("proxy", None, None));
+            }
+            Way::In => expected.push(row("proxy", Some("ISTIO_INBOUND"), Some(5))),
+        }
+    }
+    let rows = |connections: &[Value]| -> Vec<Value> {
+        let mut rows: Vec<Value> = connections
+            .iter()
+            .map(|connection| {
+                serde_json::json!([
+                    connection["direction"],
+                    connection["side"],
+                    connection["client"],
+                    connection["original_destination"],
+                    connection["state"],
+                    connection["rule"]["chain"],
+                    connection["rule"]["number"],
+                ])
+            })
+            .collect();
+        rows.sort_by_key(ToString::to_string);
+        rows
+    };
+    expected.sort_by_key(ToString::to_string);
+    let with = known()?;
+    ensure!(rows(&with) == expected, "{with:#?}\n{expected:#?}");
+    for connection in &with {
+        let outbound = connection["direction"] == "outbound";
+        let proxy: SocketAddr = connection["proxy"].as_str().context("no proxy")?.parse()?;
+        if outbound {
+            ensure!(proxy.port() == OUTBOUND, "{connection}");
+        } else {
+            ensure!(connection["proxy"] == connection["original_destination"]);
+        }
+        if connection["side"] == "client" {
+            ensure!(connection["uid"] == APP.uid && connection["gid"] == APP.gid);
+        }
+    }
+    let text = run(world
+        .cli
+        .command()?
+        .args(["connections", "--socket"])
+        .arg(&socket))?;
+    ensure!(text.lines().count() == 1 + expected.len(), "{text}");
+    // With other pins than the daemon's, the pins are asked.
+    let other = Cli::new()?;
+    let error = connections(&other, &socket, world.name()).unwrap_err();
+    ensure!(format!("{error:#}").contains("no pod"), "{error:#}");
+
+    // The rule is the one that decides now.
+    run(world.cli.command()?.args([
+        "set",
+        world.name(),
+        "--exclude-outbound-ports",
+        &PORT.to_string(),
+    ]))?;
+    let changed = known()?;
+    ensure!(changed.len() == expected.len());
+    ensure!(
+        changed
+            .iter()
+            .all(|connection| connection["direction"] == "inbound" || connection["rule"].is_null()),
+        "{changed:#?}"
+    );
+
+    daemon.stop()?;
+    ensure!(rows(&known()?) == rows(&changed));
+    drop(live);
+    wait_until("no connection is left", LIMIT, || {
+        Ok(known()?.is_empty().then_some(()))
+    })?;
+    let text = run(world.cli.command()?.arg("connections"))?;
+    ensure!(text.contains("no connection"), "{text}");
+    drop(direct);
+    Ok(())
+}
+
+#[test]
+fn very_many_connections_are_shown_and_the_daemon_does_not_grow() -> Result<()> {
+    const CONNECTIONS: usize = 15_000;
+    let (pod, cli) = (Pod::new()?, Cli::new()?);
+    let mut daemon = Daemon::start(&cli, "")?;
+    daemon.write_pod(&pod)?;
+    daemon.wait_for(pod.name(), PodState::Attached)?;
+    let _proxy = Server::start(
+        &pod,
+        Host::Pod,
+        Credentials::PROXY,
+        Serve {
+            addresses: vec![(Ipv4Addr::UNSPECIFIED, OUTBOUND).into()],
+            acceptors: 2,
+            backlog: 4096,
+            wait: false,
+        },
+    )?;
+    let clients = Clients::start(
+        &pod,
+        Host::Pod,
+        APP,
+        Connect {
+            keep: true,
+            timeout: Duration::from_secs(60),
+            ..outbound(CONNECTIONS)
+        },
+    )?;
+    let pid = daemon.pid()?;
+    let mut most = 0;
+    let mut before = None;
+    wait_until("all are shown", Duration::from_secs(60), || {
+        let before = *before.get_or_insert(resident_kib(pid)?);
+        let known = connections(&cli, &daemon.socket(), pod.name())?;
+        most = most.max(known.len());
+        let grown = resident_kib(pid)?.saturating_sub(before);
+        ensure!(grown < 8192, "{grown} KiB more");
+        Ok((most >= CONNECTIONS).then_some(()))
+    })
+    .with_context(|| format!("{most} of them"))?;
+    drop(clients);
+    Ok(())
+}
+
 #[test]
 fn it_has_the_capabilities_that_it_says_and_no_others() -> Result<()> {
     let (pod, cli) = (Pod::new()?, Cli::new()?);
@@ -1087,7 +1270,7 @@ fn whatever_is_said_to_it_it_goes_on() -> Result<()> {
         "\\PC{0,200}".prop_map(String::into_bytes),
         // Requests of the right form, with anything in them.
         (
-            "cni_add|cni_del|cni_check|cni_gc|pods",
+            "cni_add|cni_del|cni_check|cni_gc|pods|view|chains|connections",
             "\\PC{0,80}",
             "\\PC{0,80}",
             "\\PC{0,80}"
@@ -1098,6 +1281,7 @@ fn whatever_is_said_to_it_it_goes_on() -> Result<()> {
                     "container_id": id,
                     "interface": interface,
                     "netns": netns,
+                    "pod": interface,
                     "uid": netns,
                     "annotations": { interface: id },
                     "valid": [{ "container_id": "x", "interface": "y" }],
@@ -1123,7 +1307,10 @@ fn whatever_is_said_to_it_it_goes_on() -> Result<()> {
             let answer: Result<Answer, _> = serde_json::from_str(line);
             let fine = matches!(
                 answer,
-                Ok(Answer::Refused { .. } | Answer::Done | Answer::Pods { .. })
+                Ok(Answer::Refused { .. }
+                    | Answer::Done
+                    | Answer::Pods { .. }
+                    | Answer::NoView { .. })
             );
             prop_assert!(fine, "{}", line);
         }
@@ -1158,6 +1345,17 @@ fn whatever_is_said_to_it_it_goes_on() -> Result<()> {
     Ok(())
 }
 
+fn resident_kib(pid: i32) -> Result<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find(|line| line.starts_with("VmRSS:"));
+    let line = line.context("no VmRSS")?;
+    Ok(line
+        .split_whitespace()
+        .nth(1)
+        .context("no number")?
+        .parse()?)
+}
+
 #[test]
 fn after_many_pods_it_is_as_it_was_before() -> Result<()> {
     const PODS: usize = 8;
@@ -1165,16 +1363,6 @@ fn after_many_pods_it_is_as_it_was_before() -> Result<()> {
     let mut daemon = Daemon::start(&cli, "")?;
     let pid = daemon.pid()?;
     let descriptors = || -> Result<usize> { Ok(fs::read_dir(format!("/proc/{pid}/fd"))?.count()) };
-    let memory = || -> Result<u64> {
-        let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-        let line = status.lines().find(|line| line.starts_with("VmRSS:"));
-        let line = line.context("no VmRSS")?;
-        Ok(line
-            .split_whitespace()
-            .nth(1)
-            .context("no number")?
-            .parse()?)
-    };
     let mut after_first = None;
     for _ in 0..4 {
         let pods = (0..PODS).map(|_| Pod::new()).collect::<Result<Vec<_>>>()?;
@@ -1194,7 +1382,7 @@ fn after_many_pods_it_is_as_it_was_before() -> Result<()> {
         }
         ensure!(directories(&cli)?.is_empty());
         bpf::wait_until_gone(&all)?;
-        let now = (descriptors()?, memory()?);
+        let now = (descriptors()?, resident_kib(pid)?);
         let (descriptors, memory) = *after_first.get_or_insert(now);
         ensure!(
             now.0 <= descriptors,

@@ -2,21 +2,29 @@
 
 use comfy_table::CellAlignment;
 use interceptor_userspace::{
-    datapath::{self, Pins},
+    api::{Answer, Request},
+    datapath::Pins,
     pod::PodName,
 };
 
-use super::Output;
+use super::{Output, node};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// The pod's name, as it was attached.
     #[arg(long, value_name = "NAME")]
     pod: PodName,
+
+    #[command(flatten)]
+    node: node::Args,
 }
 
-pub(crate) fn run(args: &Args, pins: &Pins, output: Output) -> anyhow::Result<()> {
-    let chains = datapath::chains(pins, &args.pod)?;
+pub(crate) fn run(args: Args, pins: &Pins, output: Output) -> anyhow::Result<()> {
+    let request = Request::Chains { pod: args.pod };
+    let chains = match args.node.ask(pins, &request, |_| Ok(()))? {
+        Answer::Chains { chains } => chains,
+        answer => return Err(node::unexpected(&answer)),
+    };
     if output == Output::Json {
         return super::print_json(&chains);
     }
@@ -24,11 +32,11 @@ pub(crate) fn run(args: &Args, pins: &Pins, output: Output) -> anyhow::Result<()
         if index > 0 {
             super::print("")?;
         }
-        let from = match chain.from {
+        let from = match &*chain.from {
             "" => String::new(),
             from => format!("from {from}, "),
         };
-        let family = match chain.family {
+        let family = match &*chain.family {
             "both" => String::new(),
             family => format!("{family}, "),
         };

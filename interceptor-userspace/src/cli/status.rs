@@ -2,38 +2,44 @@
 
 use anyhow::bail;
 use interceptor_userspace::{
-    datapath::{self, Pins, PodView, UntilProxyListens},
+    api::{Answer, Request},
+    datapath::{Pins, PodView, UntilProxyListens},
     pod::PodName,
     settings::{Cidrs, Dns, Ports},
 };
 
-use super::Output;
+use super::{Output, node};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Only this pod.
     #[arg(long, value_name = "NAME")]
     pod: Option<PodName>,
+
+    #[command(flatten)]
+    node: node::Args,
 }
 
 pub(crate) fn run(args: Args, pins: &Pins, output: Output) -> anyhow::Result<()> {
-    let pods = match args.pod {
-        Some(pod) => vec![pod],
-        None => datapath::pods(pins)?,
-    };
-    let views: Vec<_> = pods
-        .iter()
-        .map(|pod| (pod, datapath::view(pins, pod)))
-        .collect();
+    let mut views = Vec::new();
+    let request = Request::View { pod: args.pod };
+    args.node.ask(pins, &request, |answer| {
+        views.push(match answer {
+            Answer::View(view) => Ok(view),
+            Answer::NoView { pod, error } => Err((pod, error)),
+            answer => return Err(node::unexpected(&answer)),
+        });
+        Ok(())
+    })?;
     match output {
         Output::Json => super::print_json(
             &views
                 .iter()
-                .map(|(pod, view)| match view {
+                .map(|view| match view {
                     Ok(view) => serde_json::to_value(view),
-                    Err(error) => Ok(serde_json::json!({
-                        "pod": pod.as_ref(),
-                        "error": error.to_string(),
+                    Err((pod, error)) => Ok(serde_json::json!({
+                        "pod": pod,
+                        "error": error,
                     })),
                 })
                 .collect::<Result<Vec<_>, _>>()?,
@@ -45,7 +51,7 @@ pub(crate) fn run(args: Args, pins: &Pins, output: Output) -> anyhow::Result<()>
             ))?;
         }
         Output::Text => {
-            for (index, (_, view)) in views.iter().enumerate() {
+            for (index, view) in views.iter().enumerate() {
                 if index > 0 {
                     super::print("")?;
                 }
@@ -55,9 +61,9 @@ pub(crate) fn run(args: Args, pins: &Pins, output: Output) -> anyhow::Result<()>
             }
         }
     }
-    let broken: Vec<String> = views
+    let broken: Vec<&str> = views
         .iter()
-        .filter_map(|(_, view)| view.as_ref().err().map(ToString::to_string))
+        .filter_map(|view| view.as_ref().err().map(|(_, error)| error.as_str()))
         .collect();
     if !broken.is_empty() {
         bail!("{}", broken.join("\n"));
@@ -167,7 +173,7 @@ fn print_view(view: &PodView) -> anyhow::Result<()> {
     );
     row("pins", view.pins.display().to_string());
     for event in view.events.iter().filter(|event| event.count > 0) {
-        row(event.event, event.count.to_string());
+        row(&event.event, event.count.to_string());
     }
     super::print(table.trim_fmt())
 }

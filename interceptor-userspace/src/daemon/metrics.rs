@@ -161,7 +161,7 @@ impl Collector for Pods {
                     let labels = [
                         ("pod", (*pod).to_owned()),
                         ("chain", chain.chain.clone()),
-                        ("family", chain.family.to_owned()),
+                        ("family", chain.family.clone()),
                         ("rule", rule.number.to_string()),
                         ("target", rule.target.clone()),
                     ];

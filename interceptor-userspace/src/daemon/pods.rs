@@ -412,8 +412,12 @@ impl Registry {
                     .to_owned(),
                 again: true,
             },
-            // The server answers them from what is published.
-            Request::Status | Request::Pods => Answer::Refused {
+            // The server answers them: from what is published, or from the pins.
+            Request::Status
+            | Request::Pods
+            | Request::View { .. }
+            | Request::Chains { .. }
+            | Request::Connections { .. } => Answer::Refused {
                 error: "not asked here".to_owned(),
                 again: false,
             },
@@ -1151,7 +1155,7 @@ fn refused(error: &Error, again: bool) -> Answer {
 
 /// Loading programs takes some megabytes in several threads, which the allocator
 /// would keep for each.
-fn give_memory_back() {
+pub(crate) fn give_memory_back() {
     #[cfg(target_env = "gnu")]
     // SAFETY: the allocator may be asked at any time.
     unsafe {

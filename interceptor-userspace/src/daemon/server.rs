@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     fs, io,
+    ops::ControlFlow,
     os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
     path::Path,
     sync::{Arc, mpsc::Sender},
@@ -11,23 +12,31 @@ use std::{
 
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
-    net::{UnixListener, UnixStream, unix::UCred},
-    sync::{Semaphore, oneshot},
+    net::{
+        UnixListener, UnixStream,
+        unix::{OwnedWriteHalf, UCred},
+    },
+    sync::{Semaphore, mpsc::channel, oneshot},
+    task::spawn_blocking,
     time::timeout,
 };
 use tracing::{debug, warn};
 
 use super::{
     metrics::Metrics,
-    pods::{Message, View},
+    pods::{Message, View, give_memory_back},
 };
 use crate::{
     Error, Result,
-    api::{Answer, DaemonStatus, MAX_MESSAGE, PodState, Request, from_line, to_line},
+    api::{Answer, DaemonStatus, MAX_MESSAGE, PodState, Request, from_line, from_pins, to_line},
+    datapath::Pins,
 };
 
 /// The most conversations at a time; more wait to be accepted.
 const CONVERSATIONS: usize = 256;
+
+/// The most answers at a time that are read from the pins; more wait.
+pub(crate) const READINGS: usize = 4;
 
 /// How long a conversation may be silent.
 const SILENCE: Duration = Duration::from_secs(10);
@@ -40,6 +49,8 @@ pub(crate) struct Server {
     pub(crate) view: View,
     pub(crate) status: DaemonStatus,
     pub(crate) started: Instant,
+    /// Places for [`READINGS`].
+    pub(crate) readings: Arc<Semaphore>,
 }
 
 /// Listens at `path`, for root and the daemon's own user only. What is there from a
@@ -112,42 +123,68 @@ impl Server {
             if line.is_empty() {
                 return Ok(());
             }
-            let (answer, again) = match from_line(&line) {
-                Ok(request) => (self.answer(request).await, true),
+            match from_line(&line) {
+                Ok(request) => {
+                    let name = request_name(&request);
+                    let answer = self.answer(request, &mut to).await?;
+                    self.metrics.answered(name, answer_name(&answer));
+                    write(&mut to, &answer).await?;
+                }
                 Err(error) => {
                     self.metrics.answered("unreadable", "refused");
                     let answer = Answer::Refused {
                         error: format!("no request that this daemon knows: {error}"),
                         again: false,
                     };
+                    write(&mut to, &answer).await?;
                     // Where the next one would begin can't be told.
-                    (answer, line.ends_with(b"\n"))
+                    if !line.ends_with(b"\n") {
+                        return Ok(());
+                    }
                 }
-            };
-            let line = to_line(&answer).or_else(|error| {
-                to_line(&Answer::Refused {
-                    error: format!("the answer is too long: {error}"),
-                    again: false,
-                })
-            })?;
-            timeout(SILENCE, to.write_all(&line)).await??;
-            if !again {
-                return Ok(());
             }
         }
     }
 
-    async fn answer(&self, request: Request) -> Answer {
-        let name = request_name(&request);
-        let answer = match request {
+    /// The answer, or its last part after the others have been written.
+    async fn answer(&self, request: Request, to: &mut OwnedWriteHalf) -> io::Result<Answer> {
+        Ok(match request {
             Request::Status => Answer::Status(self.status()),
             Request::Pods => Answer::Pods {
                 pods: self.view.get().pods,
             },
+            Request::View { .. } | Request::Chains { .. } | Request::Connections { .. } => {
+                self.read(request, to).await?
+            }
             request => self.ask(request).await,
-        };
-        self.metrics.answered(name, answer_name(&answer));
-        answer
+        })
+    }
+
+    /// Answers from the pins, as fast as the parts can be written. The thread of the
+    /// pods has no part in it.
+    async fn read(&self, request: Request, to: &mut OwnedWriteHalf) -> io::Result<Answer> {
+        let place = Arc::clone(&self.readings)
+            .acquire_owned()
+            .await
+            .map_err(io::Error::other)?;
+        let (parts, mut received) = channel(1);
+        let pins = Pins::at(&self.status.pins);
+        let reading = spawn_blocking(move || {
+            let answer = from_pins(&pins, &request, |part| {
+                // Who asked may be gone.
+                match parts.blocking_send(part) {
+                    Ok(()) => ControlFlow::Continue(()),
+                    Err(_) => ControlFlow::Break(()),
+                }
+            });
+            give_memory_back();
+            drop(place);
+            answer
+        });
+        while let Some(part) = received.recv().await {
+            write(to, &part).await?;
+        }
+        reading.await.map_err(io::Error::other)
     }
 
     async fn ask(&self, request: Request) -> Answer {
@@ -178,6 +215,16 @@ impl Server {
     }
 }
 
+async fn write(to: &mut OwnedWriteHalf, answer: &Answer) -> io::Result<()> {
+    let line = to_line(answer).or_else(|error| {
+        to_line(&Answer::Refused {
+            error: format!("the answer is too long: {error}"),
+            again: false,
+        })
+    })?;
+    timeout(SILENCE, to.write_all(&line)).await?
+}
+
 /// Whether a process may ask: root's, or the daemon's own user's.
 fn may_ask(peer: &UCred) -> bool {
     peer.uid() == 0 || peer.uid() == nix::unistd::geteuid().as_raw()
@@ -192,6 +239,9 @@ const fn request_name(request: &Request) -> &'static str {
         Request::CniStatus => "cni_status",
         Request::Status => "status",
         Request::Pods => "pods",
+        Request::View { .. } => "view",
+        Request::Chains { .. } => "chains",
+        Request::Connections { .. } => "connections",
     }
 }
 
@@ -200,6 +250,6 @@ const fn answer_name(answer: &Answer) -> &'static str {
         Answer::Attached { .. } => "attached",
         Answer::LeftAlone { .. } => "left_alone",
         Answer::Refused { .. } => "refused",
-        Answer::Done | Answer::Status(_) | Answer::Pods { .. } => "done",
+        _ => "done",
     }
 }

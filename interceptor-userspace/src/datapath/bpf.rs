@@ -4,6 +4,7 @@
 
 use std::{
     ffi::{CStr, CString},
+    fs::File,
     io,
     os::{
         fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
@@ -114,6 +115,26 @@ impl Link {
     }
 }
 
+/// Opens what an iterator writes (`BPF_ITER_CREATE`, Linux 5.8): what it goes through
+/// is that of this thread's network namespace, or `map`'s.
+pub(crate) fn iterate(program: BorrowedFd<'_>, map: Option<BorrowedFd<'_>>) -> io::Result<File> {
+    // The first member of `union bpf_iter_link_info`.
+    let map_fd = map.map(fd_number);
+    let mut attr = zeroed_attr();
+    attr.link_create.__bindgen_anon_1.prog_fd = fd_number(program);
+    attr.link_create.attach_type = bpf_attach_type::BPF_TRACE_ITER as u32;
+    if let Some(map_fd) = &map_fd {
+        // SAFETY: the union's member that iterators take.
+        let given = unsafe { &mut attr.link_create.__bindgen_anon_3.__bindgen_anon_1 };
+        given.iter_info = std::ptr::from_ref(map_fd).addr() as u64;
+        given.iter_info_len = 4;
+    }
+    let link = bpf_fd(bpf_cmd::BPF_LINK_CREATE, &mut attr)?;
+    let mut attr = zeroed_attr();
+    attr.iter_create.link_fd = fd_number(link.as_fd());
+    bpf_fd(bpf_cmd::BPF_ITER_CREATE, &mut attr).map(File::from)
+}
+
 /// The programs attached to a cgroup itself for one hook, and whether they
 /// exclude others below it (`BPF_PROG_QUERY`).
 pub(crate) fn attached_programs(
@@ -189,6 +210,8 @@ pub(crate) struct NewProgram<'a> {
     pub(crate) function: &'a Function,
     /// The types that the function's information refers to.
     pub(crate) types: BorrowedFd<'a>,
+    /// The number of the kernel's type that an iterator is for; 0 for other programs.
+    pub(crate) attach_type_number: u32,
 }
 
 /// Loads a program (`BPF_PROG_LOAD`).
@@ -212,6 +235,7 @@ pub(crate) fn load_program(program: &NewProgram<'_>) -> Result<OwnedFd, (io::Err
     load.license = program.license.as_ptr().addr() as u64;
     load.insns = function.instructions.as_ptr().addr() as u64;
     load.prog_btf_fd = fd_number(program.types);
+    load.attach_btf_id = program.attach_type_number;
     #[expect(clippy::cast_possible_truncation, reason = "a small object")]
     {
         load.insn_cnt = function.instructions.len() as u32;

@@ -56,13 +56,37 @@ pub struct Explanation {
 }
 
 /// The lists in a pod's maps.
-struct LiveLists(LpmTrie<MapData, Plain<PrefixKey>, u32>);
+pub(crate) struct LiveLists(LpmTrie<MapData, Plain<PrefixKey>, u32>);
+
+impl LiveLists {
+    pub(crate) fn of(opened: &Opened) -> Result<Self> {
+        opened.map("PREFIXES").map(Self)
+    }
+}
 
 impl Lists for LiveLists {
     fn rule(&self, generation: u32, version: u32, list: List, key: &Address) -> u32 {
         let key = PrefixKey::new(generation, version, list, *key);
         let bits = PrefixKey::BITS_BEFORE + 128;
         self.0.get(&Key::new(bits, Plain(key)), 0).unwrap_or(0)
+    }
+}
+
+/// The routes in a pod's maps.
+pub(crate) struct LiveRoutes(LpmTrie<MapData, Plain<Address>, Plain<Route>>);
+
+impl LiveRoutes {
+    pub(crate) fn of(opened: &Opened) -> Result<Self> {
+        opened.map("ROUTES").map(Self)
+    }
+
+    /// What is known of the way to `address`.
+    pub(crate) fn to(&self, address: Address) -> Result<Option<Route>> {
+        match self.0.get(&Key::new(128, Plain(address)), 0) {
+            Ok(route) => Ok(Some(route.0)),
+            Err(MapError::KeyNotFound) => Ok(None),
+            Err(error) => Err(Error::map("reading", "ROUTES")(error)),
+        }
     }
 }
 
@@ -73,19 +97,12 @@ impl Lists for LiveLists {
 /// If the pod isn't attached.
 pub fn explain(pins: &Pins, pod: &PodName, question: &Question) -> Result<Explanation> {
     let opened = Opened::of(pins, pod)?;
-    let lists = LiveLists(opened.map("PREFIXES")?);
-    let route_of = |address: IpAddr| -> Result<Option<Route>> {
-        let map: LpmTrie<MapData, Plain<Address>, Plain<Route>> = opened.map("ROUTES")?;
-        match map.get(&Key::new(128, Plain(address.into())), 0) {
-            Ok(route) => Ok(Some(route.0)),
-            Err(MapError::KeyNotFound) => Ok(None),
-            Err(error) => Err(Error::map("reading", "ROUTES")(error)),
-        }
-    };
+    let lists = LiveLists::of(&opened)?;
+    let routes = LiveRoutes::of(&opened)?;
     let is_local =
         |route: &Option<Route>| matches!(route, Some(route) if route.is(RouteKind::Local));
     let arrives = match question.from {
-        Some(from) => !from.is_unspecified() && !is_local(&route_of(from)?),
+        Some(from) => !from.is_unspecified() && !is_local(&routes.to(from.into())?),
         None => false,
     };
     if arrives {
@@ -93,8 +110,8 @@ pub fn explain(pins: &Pins, pod: &PodName, question: &Question) -> Result<Explan
     }
     let bound = question.from.map_or(Address::UNSPECIFIED, Address::from);
     let to = effective_destination(&question.to.ip().into(), &bound);
+    let route = routes.to(to)?;
     let to = IpAddr::from(to);
-    let route = route_of(to)?;
     let source = match (question.from, &route) {
         (Some(from), _) => from.into(),
         (None, Some(route)) => route.source,

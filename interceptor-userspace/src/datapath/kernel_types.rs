@@ -27,6 +27,37 @@ const FIELDS: [(&str, &str, &str); 8] = [
     ("INET_SOCK_INET_SPORT", "inet_sock", "inet_sport"),
 ];
 
+/// The fields that only the iterators read.
+const ITERATOR_FIELDS: [(&str, &str, &str); 13] = [
+    ("SOCK_COMMON_SKC_FAMILY", "sock_common", "skc_family"),
+    ("SOCK_COMMON_SKC_STATE", "sock_common", "skc_state"),
+    ("SOCK_COMMON_SKC_RCV_SADDR", "sock_common", "skc_rcv_saddr"),
+    ("SOCK_COMMON_SKC_DADDR", "sock_common", "skc_daddr"),
+    (
+        "SOCK_COMMON_SKC_V6_RCV_SADDR",
+        "sock_common",
+        "skc_v6_rcv_saddr",
+    ),
+    ("SOCK_COMMON_SKC_V6_DADDR", "sock_common", "skc_v6_daddr"),
+    ("SOCK_COMMON_SKC_NUM", "sock_common", "skc_num"),
+    ("SOCK_COMMON_SKC_DPORT", "sock_common", "skc_dport"),
+    (
+        "SOCK_COMMON_SKC_BOUND_DEV_IF",
+        "sock_common",
+        "skc_bound_dev_if",
+    ),
+    ("SOCK_SK_MARK", "sock", "sk_mark"),
+    ("INET_SOCK_MC_INDEX", "inet_sock", "mc_index"),
+    ("INET_SOCK_PINET6", "inet_sock", "pinet6"),
+    ("IPV6_PINFO_MCAST_OIF", "ipv6_pinfo", "mcast_oif"),
+];
+
+/// The iterators: the program, and the function that stands for what it goes through.
+const ITERATORS: [(&str, &str); 2] = [
+    ("redirected", "bpf_iter_bpf_sk_storage_map"),
+    ("arrived", "bpf_iter_tcp"),
+];
+
 /// What the programs must be told of the running kernel.
 #[derive(Debug)]
 pub(crate) struct Offsets {
@@ -35,6 +66,22 @@ pub(crate) struct Offsets {
     /// Whether sk_lookup programs are told which interface a connection arrives
     /// by (Linux 5.17): their context, `struct bpf_sk_lookup`, has the field.
     pub(crate) has_ingress_ifindex: bool,
+    /// The programs that are iterators, each with the number of its function's type.
+    iterators: Vec<(&'static str, u32)>,
+}
+
+fn unreadable(error: io::Error) -> Error {
+    Error::Btf {
+        missing: "its types".to_owned(),
+        source: Some(error),
+    }
+}
+
+const fn missing(what: String) -> Error {
+    Error::Btf {
+        missing: what,
+        source: None,
+    }
 }
 
 /// The context of sk_lookup programs.
@@ -47,30 +94,56 @@ impl Offsets {
     ///
     /// If the kernel has no type information, or lacks one of the fields.
     pub(crate) fn of_running_kernel() -> Result<Self> {
-        let unreadable = |error| Error::Btf {
-            missing: "its types".to_owned(),
-            source: Some(error),
-        };
+        Self::read(false)
+    }
+
+    /// Reads them from the running kernel, with those that the iterators need.
+    ///
+    /// # Errors
+    ///
+    /// As of [`Self::of_running_kernel`].
+    pub(crate) fn for_iterators() -> Result<Self> {
+        Self::read(true)
+    }
+
+    fn read(for_iterators: bool) -> Result<Self> {
+        let more: &[_] = if for_iterators { &ITERATOR_FIELDS } else { &[] };
+        let wanted = || FIELDS.iter().chain(more);
         let bytes = fs::read(VMLINUX).map_err(unreadable)?;
-        let mut structures = FIELDS.map(|(_, structure, _)| structure).to_vec();
+        let mut structures: Vec<_> = wanted().map(|(_, structure, _)| *structure).collect();
         structures.push(SK_LOOKUP);
         let btf = Btf::parse(&bytes, &structures)
             .ok_or_else(|| unreadable(io::ErrorKind::InvalidData.into()))?;
-        let fields = FIELDS
-            .into_iter()
+        let fields = wanted()
             .map(|(global, structure, member)| {
                 btf.offset(structure, member)
-                    .map(|offset| (global, offset))
-                    .ok_or_else(|| Error::Btf {
-                        missing: format!("{structure}.{member}"),
-                        source: None,
-                    })
+                    .map(|offset| (*global, offset))
+                    .ok_or_else(|| missing(format!("{structure}.{member}")))
+            })
+            .collect::<Result<_>>()?;
+        let iterators = ITERATORS
+            .iter()
+            .filter(|_| for_iterators)
+            .map(|(program, function)| {
+                btf.function(function)
+                    .map(|number| (*program, number))
+                    .ok_or_else(|| missing((*function).to_owned()))
             })
             .collect::<Result<_>>()?;
         Ok(Self {
             fields,
             has_ingress_ifindex: btf.offset(SK_LOOKUP, "ingress_ifindex").is_some(),
+            iterators,
         })
+    }
+
+    /// The number of the function's type that a program is an iterator of; 0 for one
+    /// that is none, and unless they were read for iterators.
+    pub(crate) fn iterator(&self, program: &str) -> u32 {
+        self.iterators
+            .iter()
+            .find(|(name, _)| *name == program)
+            .map_or(0, |(_, number)| *number)
     }
 
     /// The globals' names and values.
@@ -221,6 +294,14 @@ impl<'a> Btf<'a> {
             .get(offset as usize..)
             .and_then(|string| string.strip_prefix(name.as_bytes()))
             .is_some_and(|rest| rest.first() == Some(&0))
+    }
+
+    /// The number of a function.
+    fn function(&self, name: &str) -> Option<u32> {
+        (1..=u32::try_from(self.places.len()).ok()?).find(|number| {
+            self.get(*number)
+                .is_some_and(|(_, found)| found.kind() == FUNC && self.is_name(found.name, name))
+        })
     }
 
     fn get(&self, number: u32) -> Option<(usize, Type)> {
@@ -387,6 +468,8 @@ mod tests {
             assert_eq!(btf.offset("outer", path), offset, "{path}");
         }
         assert_eq!(btf.offset("alias", "a"), None);
+        assert_eq!(btf.function("function"), Some(7));
+        assert_eq!(btf.function("alias"), None);
     }
 
     #[test]

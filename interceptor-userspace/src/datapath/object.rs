@@ -20,11 +20,11 @@ use aya_obj::{
             self, BPF_CGROUP_GETSOCKOPT, BPF_CGROUP_INET4_CONNECT, BPF_CGROUP_INET4_GETPEERNAME,
             BPF_CGROUP_INET6_CONNECT, BPF_CGROUP_INET6_GETPEERNAME, BPF_CGROUP_SOCK_OPS,
             BPF_CGROUP_UDP4_RECVMSG, BPF_CGROUP_UDP4_SENDMSG, BPF_CGROUP_UDP6_RECVMSG,
-            BPF_CGROUP_UDP6_SENDMSG, BPF_SK_LOOKUP,
+            BPF_CGROUP_UDP6_SENDMSG, BPF_SK_LOOKUP, BPF_TRACE_ITER,
         },
         bpf_prog_type::{
             self, BPF_PROG_TYPE_CGROUP_SOCK_ADDR, BPF_PROG_TYPE_CGROUP_SOCKOPT,
-            BPF_PROG_TYPE_SK_LOOKUP, BPF_PROG_TYPE_SOCK_OPS,
+            BPF_PROG_TYPE_SK_LOOKUP, BPF_PROG_TYPE_SOCK_OPS, BPF_PROG_TYPE_TRACING,
         },
     },
 };
@@ -77,6 +77,11 @@ impl Hook {
     pub(crate) fn to_netns(&self) -> bool {
         self.attach_type as u32 == BPF_SK_LOOKUP as u32
     }
+
+    /// Whether it is attached to nothing, and runs when its output is read.
+    fn is_iterator(&self) -> bool {
+        self.attach_type as u32 == BPF_TRACE_ITER as u32
+    }
 }
 
 const fn hook(
@@ -113,6 +118,13 @@ pub(crate) static DNS_LINKS: [Hook; 6] = [
     hook("udp_sendmsg6", BPF_PROG_TYPE_CGROUP_SOCK_ADDR, BPF_CGROUP_UDP6_SENDMSG),
     hook("udp_connect4", BPF_PROG_TYPE_CGROUP_SOCK_ADDR, BPF_CGROUP_INET4_CONNECT),
     hook("udp_connect6", BPF_PROG_TYPE_CGROUP_SOCK_ADDR, BPF_CGROUP_INET6_CONNECT),
+];
+
+/// The programs that tell of live connections, loaded when they are asked for.
+#[rustfmt::skip]
+pub(crate) static ITERATORS: [Hook; 2] = [
+    hook("redirected", BPF_PROG_TYPE_TRACING, BPF_TRACE_ITER),
+    hook("arrived", BPF_PROG_TYPE_TRACING, BPF_TRACE_ITER),
 ];
 
 /// aya-log's map.
@@ -215,7 +227,12 @@ impl Object {
         hooks: impl Iterator<Item = &'a Hook>,
     ) -> Result<Self> {
         raise_locked_memory();
-        let offsets = Offsets::of_running_kernel()?;
+        let hooks: Vec<_> = hooks.collect();
+        let offsets = if hooks.iter().any(|hook| hook.is_iterator()) {
+            Offsets::for_iterators()
+        } else {
+            Offsets::of_running_kernel()
+        }?;
         let mut object = aya_obj::Object::parse(OBJECT).map_err(EbpfError::from)?;
         #[expect(
             clippy::cast_possible_truncation,
@@ -247,7 +264,7 @@ impl Object {
             .map_err(EbpfError::from)?;
         let types = load_types(&mut object)?;
         let maps = make_maps(&mut object, loading.log_level, loading.maps, &types)?;
-        let programs = load_programs(&object, hooks, &types)?;
+        let programs = load_programs(&object, &hooks, &types, &offsets)?;
         Ok(Self { maps, programs })
     }
 
@@ -386,15 +403,17 @@ fn make_maps(
 
 /// Loads all programs at once: they take the kernel's verifier the most time,
 /// and it verifies on each CPU.
-fn load_programs<'a>(
+fn load_programs(
     object: &aya_obj::Object,
-    hooks: impl Iterator<Item = &'a Hook>,
+    hooks: &[&Hook],
     types: &OwnedFd,
+    offsets: &Offsets,
 ) -> Result<BTreeMap<&'static str, OwnedFd>> {
     thread::scope(|scope| {
         let loading: Vec<_> = hooks
+            .iter()
             .map(|hook| {
-                let load = move || load_program(object, hook, types);
+                let load = move || load_program(object, hook, types, offsets);
                 (hook.program, scope.spawn(load))
             })
             .collect();
@@ -405,7 +424,12 @@ fn load_programs<'a>(
     })
 }
 
-fn load_program(object: &aya_obj::Object, hook: &Hook, types: &OwnedFd) -> Result<OwnedFd> {
+fn load_program(
+    object: &aya_obj::Object,
+    hook: &Hook,
+    types: &OwnedFd,
+    offsets: &Offsets,
+) -> Result<OwnedFd> {
     let program = &object.programs[hook.program];
     let function = &object.functions[&program.function_key()];
     bpf::load_program(&NewProgram {
@@ -415,6 +439,7 @@ fn load_program(object: &aya_obj::Object, hook: &Hook, types: &OwnedFd) -> Resul
         license: &program.license,
         function,
         types: types.as_fd(),
+        attach_type_number: offsets.iterator(hook.program),
     })
     .map_err(|(io_error, log)| Error::Program {
         program: hook.program,
@@ -492,8 +517,9 @@ pub struct ProgramSize {
 ///
 /// If the kernel doesn't accept it.
 pub fn load_only() -> Result<Vec<ProgramSize>> {
-    let object = Object::load(Loading::NOWHERE, all_hooks())?;
-    all_hooks()
+    let hooks = || all_hooks().chain(&ITERATORS);
+    let object = Object::load(Loading::NOWHERE, hooks())?;
+    hooks()
         .map(|hook| {
             let info = bpf::program_info(object.program(hook).as_fd())
                 .map_err(Error::system(format!("asking about {}", hook.program)))?;

@@ -15,7 +15,7 @@ use interceptor_common::{
     pod::{Attachment, LAYOUT},
     routes::Route,
 };
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{
     attach::need_root,
@@ -48,7 +48,7 @@ pub(crate) struct Opened {
 }
 
 /// A pod's attachment.
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PodView {
     /// Its name.
     pub pod: String,
@@ -77,16 +77,16 @@ pub struct PodView {
     /// With which error a redirected connect() fails for want of memory:
     /// `ECONNREFUSED`, or `EPERM` where the kernel has no `bpf_set_retval`
     /// (before Linux 5.18).
-    pub refusal: &'static str,
+    pub refusal: String,
     /// What happened beside the rules' decisions.
     pub events: Vec<EventView>,
 }
 
 /// An attached program.
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LinkView {
     /// Its name.
-    pub program: &'static str,
+    pub program: String,
     /// The kernel's number of the link.
     pub link_id: u32,
     /// The kernel's number of the program.
@@ -94,7 +94,7 @@ pub struct LinkView {
 }
 
 /// How many listeners of the proxy are registered.
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ListenerView {
     /// On the outbound port.
     pub outbound: usize,
@@ -105,30 +105,30 @@ pub struct ListenerView {
 }
 
 /// How often an event happened.
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EventView {
     /// What happened.
-    pub event: &'static str,
+    pub event: String,
     /// How often.
     pub count: u64,
 }
 
 /// A chain with its counters.
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ChainView {
     /// The chain's name.
     pub chain: String,
     /// Whose it is: of `IPv4`, of `IPv6`, or of `both` if they have the same
     /// rules.
-    pub family: &'static str,
+    pub family: String,
     /// From which of the kernel's chains it is reached.
-    pub from: &'static str,
+    pub from: String,
     /// Its rules in order.
     pub rules: Vec<RuleView>,
 }
 
 /// A rule with its counter.
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RuleView {
     /// Its number in the chain, from 1.
     pub number: u32,
@@ -179,11 +179,12 @@ pub fn view(pins: &Pins, pod: &PodName) -> Result<PodView> {
             "ECONNREFUSED"
         } else {
             "EPERM"
-        },
+        }
+        .to_owned(),
         events: Event::ALL
             .into_iter()
             .map(|event| EventView {
-                event: event_words(event),
+                event: event_words(event).to_owned(),
                 count: counters[event.index() as usize],
             })
             .collect(),
@@ -248,10 +249,10 @@ fn chains_of(opened: &Opened, counters: &[u64]) -> Vec<ChainView> {
         (Chain::Inbound, "PREROUTING"),
     ] {
         let [v4, v6] = Family::ALL.map(|family| opened.settings.rules(chain, family));
-        let view = |rules: &[ChainRule], families: &[Family], family| ChainView {
+        let view = |rules: &[ChainRule], families: &[Family], family: &str| ChainView {
             chain: chain.to_string(),
-            family,
-            from,
+            family: String::from(family),
+            from: from.to_owned(),
             rules: (1..)
                 .zip(rules)
                 .map(|(number, rule)| RuleView {
@@ -380,7 +381,7 @@ impl Opened {
                     );
                 }
                 Ok(LinkView {
-                    program: hook.program,
+                    program: hook.program.to_owned(),
                     link_id: info.id,
                     program_id: info.program_id,
                 })
