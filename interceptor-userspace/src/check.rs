@@ -122,13 +122,12 @@ pub fn check(cgroup: Option<&Cgroup>, netns: Option<&Netns>) -> Vec<Check> {
 }
 
 /// The capabilities that attaching needs, by their numbers (linux/capability.h).
-const CAPABILITIES: [(&str, u32); 5] = [
+/// `CAP_BPF` and `CAP_PERFMON` are parts of `CAP_SYS_ADMIN`.
+const CAPABILITIES: [(&str, u32); 3] = [
     ("CAP_NET_ADMIN", 12),
     // To take listeners that are older than the attachment from their processes.
     ("CAP_SYS_PTRACE", 19),
     ("CAP_SYS_ADMIN", 21),
-    ("CAP_PERFMON", 38),
-    ("CAP_BPF", 39),
 ];
 
 fn capabilities() -> Check {

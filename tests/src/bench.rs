@@ -192,6 +192,12 @@ fn attach(args: &Args, report: &mut Report) -> Result<()> {
     }
     let proxy = attach::proxy_memory()?;
     report.resident.insert("interceptor proxy", proxy);
+    if !args.quick {
+        say("the daemon with 50 pods");
+        report
+            .resident
+            .insert("interceptor daemon, 50 pods", attach::daemon_memory(50)?);
+    }
     Ok(())
 }
 

@@ -1,8 +1,13 @@
 //! Calls of bpf(2): what the suites ask of the kernel itself.
 
 use std::{
+    ffi::CString,
     io,
-    os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
+    os::{
+        fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
+        unix::ffi::OsStrExt as _,
+    },
+    path::Path,
 };
 
 use anyhow::{Context, Result};
@@ -113,6 +118,29 @@ pub(crate) fn program_info(
     attr.info.info = (&raw mut info).addr() as u64;
     bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attr)?;
     Ok(info)
+}
+
+/// Changes the first element of a pinned array, which has this size.
+///
+/// # Errors
+///
+/// If there is no such map.
+pub fn change_first(pin: &Path, size: usize, change: impl FnOnce(&mut [u8])) -> Result<()> {
+    let path = CString::new(pin.as_os_str().as_bytes())?;
+    let mut attr = zeroed();
+    attr.__bindgen_anon_4.pathname = path.as_ptr().addr() as u64;
+    let map = bpf_fd(bpf_cmd::BPF_OBJ_GET, &mut attr)
+        .with_context(|| format!("open the map {}", pin.display()))?;
+    // The kernel rounds a value's size up when it copies.
+    let (key, mut value) = (0u32, vec![0; size.next_multiple_of(8)]);
+    let mut attr = zeroed();
+    attr.__bindgen_anon_2.map_fd = number(map.as_fd());
+    attr.__bindgen_anon_2.key = (&raw const key).addr() as u64;
+    attr.__bindgen_anon_2.__bindgen_anon_1.value = value.as_mut_ptr().addr() as u64;
+    bpf(bpf_cmd::BPF_MAP_LOOKUP_ELEM, &mut attr).context("read the map")?;
+    change(&mut value);
+    bpf(bpf_cmd::BPF_MAP_UPDATE_ELEM, &mut attr).context("write the map")?;
+    Ok(())
 }
 
 /// Waits until none of these objects exists any more.

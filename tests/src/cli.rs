@@ -3,14 +3,17 @@
 
 use std::{
     fs,
+    mem::offset_of,
     path::{Path, PathBuf},
     process::Command,
 };
 
 use anyhow::{Context, Result};
+use interceptor_common::pod::Attachment;
 use serde_json::Value;
 
 use crate::{
+    bpf,
     command::{require_root, run, unique_name},
     interception::interceptor,
     pod::Pod,
@@ -155,6 +158,18 @@ impl Drop for Cli {
             eprintln!("{} stays behind: {error:#}", self.pins.display());
         }
     }
+}
+
+/// Makes an attached pod one that a version with another layout has attached.
+///
+/// # Errors
+///
+/// If the pod isn't attached.
+pub fn set_layout(cli: &Cli, pod: &str, layout: u32) -> Result<()> {
+    let pin = cli.pins().join(pod).join("maps/ATTACHMENT");
+    bpf::change_first(&pin, size_of::<Attachment>(), |attachment| {
+        attachment[offset_of!(Attachment, layout)..][..4].copy_from_slice(&layout.to_ne_bytes());
+    })
 }
 
 /// Runs a command and parses its output.

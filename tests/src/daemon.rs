@@ -30,6 +30,8 @@ pub struct Daemon {
     process: Option<Child>,
     directory: TempDir,
     pins: PathBuf,
+    /// Whether it runs in a mount namespace of its own.
+    apart: bool,
 }
 
 impl Daemon {
@@ -40,12 +42,26 @@ impl Daemon {
     ///
     /// If it doesn't start.
     pub fn start(cli: &Cli, settings: &str) -> Result<Self> {
+        Self::start_in(cli, settings, false)
+    }
+
+    /// Starts one in a mount namespace of its own.
+    ///
+    /// # Errors
+    ///
+    /// If it doesn't start.
+    pub fn start_apart(cli: &Cli, settings: &str) -> Result<Self> {
+        Self::start_in(cli, settings, true)
+    }
+
+    fn start_in(cli: &Cli, settings: &str, apart: bool) -> Result<Self> {
         let directory = tempfile::tempdir()?;
         fs::create_dir(directory.path().join("pods"))?;
         let mut daemon = Self {
             process: None,
             directory,
             pins: cli.pins().to_owned(),
+            apart,
         };
         fs::write(
             daemon.config(),
@@ -69,7 +85,15 @@ impl Daemon {
     pub fn command(&self, cli: &Cli) -> Result<Command> {
         let mut command = cli.command()?;
         command.arg("daemon").arg("--config").arg(self.config());
-        Ok(command)
+        if !self.apart {
+            return Ok(command);
+        }
+        let mut apart = Command::new("unshare");
+        apart
+            .arg("--mount")
+            .arg(command.get_program())
+            .args(command.get_args());
+        Ok(apart)
     }
 
     /// Starts it after it was stopped or killed, and waits until it is ready.

@@ -9,6 +9,7 @@ pub mod cgroup;
 pub mod cli;
 pub mod command;
 pub mod daemon;
+pub mod faults;
 pub mod flood;
 pub mod foreign;
 pub mod inside;

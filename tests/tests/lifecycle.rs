@@ -4,7 +4,7 @@
 //! Not here: a kernel without BTF, because the running one has it.
 
 use std::{
-    fs,
+    fs, io,
     net::{Ipv4Addr, SocketAddr},
     os::unix::fs::PermissionsExt as _,
     path::Path,
@@ -14,11 +14,13 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use interceptor_common::pod::LAYOUT;
 use interceptor_tests::{
     bpf::{self, Id, Kind},
     cgroup::Cgroup,
-    cli::{Cli, run_json},
+    cli::{Cli, run_json, set_layout},
     command::{run, wait_until},
+    faults,
     inside::Inside,
     pod::{Host, POD_V4, Pod},
     world::{APP, EVERYWHERE, Way, World, assert_direct, assert_served, objects},
@@ -874,6 +876,81 @@ fn damaged_pins_are_noticed_and_can_be_detached() -> Result<()> {
         let _ = pod.netns().ip("-6 addr del ::6/128 dev lo");
     }
     Ok(())
+}
+
+#[test]
+fn pins_of_another_layout_are_refused_and_can_be_detached() -> Result<()> {
+    let (pod, cli) = (Pod::new()?, Cli::new()?);
+    for (layout, words, fix) in [
+        (LAYOUT + 1, "a newer version", "run that version again"),
+        (LAYOUT - 1, "an older version", "attach it again"),
+    ] {
+        cli.attach(&pod)?;
+        let objects = objects(&cli, pod.name())?;
+        set_layout(&cli, pod.name(), layout)?;
+        let both = format!("its layout is {layout}, this one's {LAYOUT}");
+        let mut commands = vec![cli.attach_command(&pod)?];
+        for arguments in [
+            ["status", "--pod", pod.name()],
+            ["chains", "--pod", pod.name()],
+            ["connections", "--pod", pod.name()],
+            ["set", pod.name(), "--exclude-outbound-ports=1"],
+        ] {
+            let mut command = cli.command()?;
+            command.args(arguments);
+            commands.push(command);
+        }
+        for command in &mut commands {
+            assert_refused(command, &[pod.name(), words, &both, fix])?;
+        }
+        cli.detach(pod.name())?;
+        assert_nothing_left(&cli, &pod, &objects)?;
+        ensure!(!has_proxy_route(&pod)?);
+    }
+    Ok(())
+}
+
+/// Every kind of step is made to fail: each call that is unlike the one before it.
+/// (Of those that are alike, such as the writes of a list, the first.)
+#[test]
+fn whichever_step_of_attaching_fails_nothing_is_left_and_the_next_try_works() -> Result<()> {
+    let wrong = Wrong::new()?;
+    let attach = || wrong.with(&["--exclude-outbound-cidrs", "10.1.0.0/16"]);
+    let whole = faults::run(&mut attach()?, None)?;
+    ensure!(whole.status.success(), "{}", whole.stderr);
+    wrong.cli.detach(wrong.pod.name())?;
+    let steps = (0..whole.calls.len())
+        .filter(|step| *step == 0 || whole.calls[*step] != whole.calls[step - 1]);
+    let (mut failed, mut tried) = (0, 0);
+    for step in steps {
+        let run = faults::run(&mut attach()?, Some(step))?;
+        let call = run.calls.get(step);
+        let what = || format!("step {step}, {call:?}: {}", run.stderr);
+        tried += 1;
+        if run.status.success() {
+            // It does without, as on a kernel that lacks something.
+            wrong.cli.status(wrong.pod.name()).with_context(what)?;
+            wrong.cli.detach(wrong.pod.name()).with_context(what)?;
+        } else {
+            failed += 1;
+            let errno = call.context("it has made fewer calls")?.error();
+            let error = io::Error::from_raw_os_error(errno).to_string();
+            ensure!(run.status.code() == Some(1), "{}", what());
+            ensure!(
+                run.stderr.starts_with("error: ") && run.stderr.contains(&error),
+                "no `{error}` in {}",
+                what()
+            );
+        }
+        ensure!(!wrong.cli.pins().exists(), "pins are left: {}", what());
+        ensure!(
+            !has_passthrough(&wrong.pod)? && !has_proxy_route(&wrong.pod)?,
+            "the namespace was changed: {}",
+            what()
+        );
+    }
+    ensure!(failed >= 20, "only {failed} of {tried} failed");
+    wrong.assert_unharmed()
 }
 
 #[test]

@@ -16,7 +16,7 @@ pub(crate) struct Args {
     pod: PodName,
 
     #[command(flatten)]
-    node: node::Args,
+    node: node::Node,
 }
 
 pub(crate) fn run(args: Args, pins: &Pins, output: Output) -> anyhow::Result<()> {

@@ -17,7 +17,7 @@ pub(crate) struct Args {
     pod: Option<PodName>,
 
     #[command(flatten)]
-    node: node::Args,
+    node: node::Node,
 }
 
 pub(crate) fn run(args: Args, pins: &Pins, output: Output) -> anyhow::Result<()> {

@@ -12,13 +12,13 @@ use interceptor_userspace::{
 const LIMIT: Duration = Duration::from_secs(10);
 
 #[derive(Debug, clap::Args)]
-pub(crate) struct Args {
+pub(crate) struct Node {
     /// Where the daemon listens. If none does, or one with other --pins, the pins are read.
     #[arg(long, value_name = "PATH", default_value = api::DEFAULT_SOCKET, env = "INTERCEPTOR_SOCKET")]
     socket: PathBuf,
 }
 
-impl Args {
+impl Node {
     /// Asks the daemon that looks after the pins, or the pins themselves. `part` gets the
     /// parts of an answer that comes in parts; other answers are returned.
     pub(crate) fn ask(

@@ -10,7 +10,7 @@ use super::{Output, node};
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     #[command(flatten)]
-    node: node::Args,
+    node: node::Node,
 }
 
 pub(crate) fn run(args: &Args, pins: &Pins, output: Output) -> anyhow::Result<()> {

@@ -27,7 +27,8 @@ pub struct Options {
     #[arg(skip)]
     pub pins: Option<PathBuf>,
 
-    /// Where the daemon listens for `interceptor-cni` and `interceptor pods`.
+    /// Where the daemon listens for `interceptor-cni`, and for `interceptor pods`, `status`,
+    /// `chains` and `connections`.
     #[arg(long, value_name = "PATH", env = "INTERCEPTOR_SOCKET")]
     pub socket: Option<PathBuf>,
 

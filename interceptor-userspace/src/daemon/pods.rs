@@ -504,6 +504,10 @@ impl Registry {
             .find(|(_, known)| known.attachment.container_id == pod.attachment.container_id)
             .and_then(|(name, _)| Some((name.clone(), self.pods.get(name)?)))
         else {
+            // A daemon before this one may have left it alone: nothing is kept of those.
+            if let Some(because) = self.left_alone_by_request(pod) {
+                return Answer::LeftAlone { because };
+            }
             return Answer::Refused {
                 error: format!(
                     "no ADD of the container {} was seen",
@@ -539,6 +543,17 @@ impl Registry {
             Ok(()) => Answer::Attached { pod: name },
             Err(error) => refused(&error, false),
         }
+    }
+
+    /// Why a pod is left alone, if what CNI says of it is reason enough.
+    fn left_alone_by_request(&self, pod: &CniPod) -> Option<String> {
+        look::left_alone_by_name(&self.config, pod).or_else(|| {
+            let netns = Netns::open(pod.netns.to_str()?).ok()?;
+            match Why::host_network() {
+                Why::LeftAlone(because) if netns.is_host() => Some(because),
+                _ => None,
+            }
+        })
     }
 
     fn cni_gc(&mut self, valid: &[CniAttachment]) -> Answer {

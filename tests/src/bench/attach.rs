@@ -7,11 +7,14 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
+use interceptor_userspace::api::PodState;
 use serde::Serialize;
 
 use super::{hooks, mode::Mode, pair::listens, signals, stats::quantile};
 use crate::{
+    cli::Cli,
     command::{wait_until, workspace_binary},
+    daemon::Daemon,
     pod::{Credentials, Host, Pod},
 };
 
@@ -77,6 +80,22 @@ pub(crate) fn proxy_memory() -> Result<f64> {
     let _ = child.kill();
     let _ = child.wait();
     memory
+}
+
+/// The resident memory of `interceptor daemon` when it has attached so many pods, in
+/// bytes.
+pub(crate) fn daemon_memory(pods: usize) -> Result<f64> {
+    let cli = Cli::new()?;
+    let mut daemon = Daemon::start(&cli, "")?;
+    let pods = (0..pods).map(|_| Pod::new()).collect::<Result<Vec<_>>>()?;
+    for pod in &pods {
+        signals::check()?;
+        daemon.write_pod(pod)?;
+    }
+    for pod in &pods {
+        daemon.wait_for(pod.name(), PodState::Attached)?;
+    }
+    resident(u32::try_from(daemon.pid()?)?)
 }
 
 fn resident(pid: u32) -> Result<f64> {
