@@ -4,7 +4,7 @@
 //! Not here: a kernel without BTF, because the running one has it.
 
 use std::{
-    fs, io,
+    fs,
     net::{Ipv4Addr, SocketAddr},
     os::unix::fs::PermissionsExt as _,
     path::Path,
@@ -933,12 +933,11 @@ fn whichever_step_of_attaching_fails_nothing_is_left_and_the_next_try_works() ->
             wrong.cli.detach(wrong.pod.name()).with_context(what)?;
         } else {
             failed += 1;
-            let errno = call.context("it has made fewer calls")?.error();
-            let error = io::Error::from_raw_os_error(errno).to_string();
+            let words = call.context("it has made fewer calls")?.words();
             ensure!(run.status.code() == Some(1), "{}", what());
             ensure!(
-                run.stderr.starts_with("error: ") && run.stderr.contains(&error),
-                "no `{error}` in {}",
+                run.stderr.starts_with("error: ") && run.stderr.contains(&words),
+                "no `{words}` in {}",
                 what()
             );
         }

@@ -202,8 +202,12 @@ impl Pins {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                 opened => opened.map_err(system("opening"))?,
             };
-            let directory = Flock::lock(directory, FlockArg::LockExclusive)
-                .map_err(|(_, errno)| system("locking")(errno.into()))?;
+            let directory =
+                Flock::lock(directory, FlockArg::LockExclusive).map_err(|(_, errno)| {
+                    // It may have been made just now; with pods in it, it stays.
+                    let _: io::Result<()> = fs::remove_dir(&self.root);
+                    system("locking")(errno.into())
+                })?;
             // Who held the lock before may have removed the directory.
             let ours = directory.metadata().map_err(system("reading"))?.ino();
             if fs::metadata(&self.root).is_ok_and(|current| current.ino() == ours) {
@@ -252,17 +256,18 @@ pub(crate) struct Staging {
 
 impl Staging {
     pub(crate) fn make(directory: PathBuf) -> Result<Self> {
-        for path in [
-            &directory,
-            &directory.join("maps"),
-            &directory.join("links"),
-        ] {
-            fs::create_dir(path).map_err(Error::system(format!("making {}", path.display())))?;
-        }
-        Ok(Self {
+        let make = |path: &Path| {
+            fs::create_dir(path).map_err(Error::system(format!("making {}", path.display())))
+        };
+        make(&directory)?;
+        let staging = Self {
             directory,
             kept: false,
-        })
+        };
+        for inside in ["maps", "links"] {
+            make(&staging.directory.join(inside))?;
+        }
+        Ok(staging)
     }
 
     pub(crate) fn map(&self, name: &str) -> PathBuf {
