@@ -90,7 +90,8 @@ impl Daemon {
         }
         let mut apart = Command::new("unshare");
         apart
-            .arg("--mount")
+            // It sees what is mounted later, such as network namespaces.
+            .args(["--mount", "--propagation", "slave"])
             .arg(command.get_program())
             .args(command.get_args());
         Ok(apart)
