@@ -248,8 +248,9 @@ fn answer(
             continue;
         }
         // SAFETY: all zero is a valid value of this plain struct, and what the kernel
-        // wants; it writes no more than its length.
+        // wants.
         let mut asked: seccomp_notif = unsafe { std::mem::zeroed() };
+        // SAFETY: the kernel writes no more than the struct's length.
         let received = unsafe {
             libc::ioctl(
                 listener.as_raw_fd(),

@@ -833,7 +833,7 @@ fn other_programs_than_its_own_are_replaced_when_it_takes_a_pod_over() -> Result
     let link = world.cli.pins().join(world.name()).join("links/connect4");
     replace_program(&link, Hook::Connect4)?;
     assert_direct("PEER", &world.app, to)?;
-    let links = |status: &serde_json::Value| status["links"].to_string();
+    let links = |status: &Value| status["links"].to_string();
     let old = links(&world.cli.status(world.name())?);
 
     daemon.restart(&world.cli)?;
@@ -1303,7 +1303,7 @@ fn cleaning_up_shows_all_and_then_removes_it() -> Result<()> {
         root.join(format!("{}+attaching", pods[2].name())),
     )?;
     let states = |output: &std::process::Output| -> Result<Vec<String>> {
-        let answer: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+        let answer: Value = serde_json::from_slice(&output.stdout)?;
         let found = answer["found"].as_array().context("no list")?;
         let mut states: Vec<_> = found.iter().map(|one| one["state"].to_string()).collect();
         states.sort();
@@ -1332,9 +1332,8 @@ fn cleaning_up_shows_all_and_then_removes_it() -> Result<()> {
 fn nobody_else_may_ask() -> Result<()> {
     let cli = Cli::new()?;
     let daemon = Daemon::start(&cli, "")?;
-    let mode = |path: &std::path::Path| -> Result<u32> {
-        Ok(fs::metadata(path)?.permissions().mode() & 0o777)
-    };
+    let mode =
+        |path: &Path| -> Result<u32> { Ok(fs::metadata(path)?.permissions().mode() & 0o777) };
     let socket = daemon.socket();
     ensure!(mode(&socket)? == 0o600);
     ensure!(mode(socket.parent().context("no directory")?)? == 0o700);
