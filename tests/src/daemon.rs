@@ -11,7 +11,9 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use interceptor_userspace::api::{self, Answer, DaemonStatus, PodState, PodStatus, Request};
+use interceptor_userspace::api::{
+    self, Answer, CniAttachment, CniPod, DaemonStatus, PodState, PodStatus, Request,
+};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -30,6 +32,8 @@ pub struct Daemon {
     process: Option<Child>,
     directory: TempDir,
     pins: PathBuf,
+    /// What runs as the daemon, if not the command that is tested.
+    program: Option<PathBuf>,
 }
 
 impl Daemon {
@@ -46,6 +50,7 @@ impl Daemon {
             process: None,
             directory,
             pins: cli.pins().to_owned(),
+            program: None,
         };
         fs::write(
             daemon.config(),
@@ -67,9 +72,18 @@ impl Daemon {
     ///
     /// If it isn't built.
     pub fn command(&self, cli: &Cli) -> Result<Command> {
-        let mut command = cli.command()?;
+        let mut command = match &self.program {
+            Some(program) => Command::new(program),
+            None => cli.command()?,
+        };
         command.arg("daemon").arg("--config").arg(self.config());
         Ok(command)
+    }
+
+    /// From the next start on this program runs, or, with none, the command that is
+    /// tested.
+    pub fn set_program(&mut self, program: Option<&Path>) {
+        self.program = program.map(Path::to_owned);
     }
 
     /// Starts it after it was stopped or killed, and waits until it is ready.
@@ -79,6 +93,15 @@ impl Daemon {
     /// If it doesn't start.
     pub fn restart(&mut self, cli: &Cli) -> Result<()> {
         self.restart_soon(cli)?;
+        self.wait_until_ready()
+    }
+
+    /// Waits until one that was started is ready.
+    ///
+    /// # Errors
+    ///
+    /// If it ends instead, or doesn't get there.
+    pub fn wait_until_ready(&mut self) -> Result<()> {
         let result = wait_until("the daemon is ready", LIMIT, || {
             if let Some(status) = self.process()?.try_wait()? {
                 bail!("the daemon ended: {status}");
@@ -287,6 +310,22 @@ impl Daemon {
     /// If it doesn't answer.
     pub fn http(&self, path: &str) -> Result<(u16, String)> {
         get(self.status()?.metrics, path)
+    }
+}
+
+/// What CNI tells of a harness' pod.
+pub fn cni(container_id: &str, pod: &Pod) -> CniPod {
+    CniPod {
+        attachment: CniAttachment {
+            container_id: container_id.to_owned(),
+            interface: "eth0".to_owned(),
+        },
+        netns: pod.netns().path(),
+        namespace: Some("default".to_owned()),
+        name: Some("web".to_owned()),
+        uid: None,
+        annotations: None,
+        args: String::new(),
     }
 }
 

@@ -20,4 +20,5 @@ pub mod netns;
 pub mod pod;
 pub mod podman;
 pub mod proxies;
+pub mod traffic;
 pub mod world;

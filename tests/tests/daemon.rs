@@ -19,7 +19,7 @@ use interceptor_tests::{
     cgroup::Cgroup,
     cli::{Cli, run_json},
     command::{run, unique_name, wait_until},
-    daemon::{Daemon, LIMIT},
+    daemon::{Daemon, LIMIT, cni},
     flood::{Clients, Connect, Serve, Server},
     foreign::{Counter, Hook, Sharing, replace_program},
     inside::Inside,
@@ -31,7 +31,7 @@ use interceptor_tests::{
     },
 };
 use interceptor_userspace::{
-    api::{Answer, CniAttachment, CniPod, MAX_MESSAGE, PodState, Request},
+    api::{Answer, CniPod, MAX_MESSAGE, PodState, Request},
     daemon::CAPABILITIES,
 };
 use proptest::{prelude::*, test_runner::TestRunner};
@@ -52,21 +52,6 @@ fn assert_nothing_left(cli: &Cli, pod: &Pod, objects: &[Id]) -> Result<()> {
     let addresses = pod.netns().ip("-6 addr show dev lo")?;
     ensure!(!addresses.contains("::6/128"), "::6 stays behind on lo");
     bpf::wait_until_gone(objects)
-}
-
-fn cni(container_id: &str, pod: &Pod) -> CniPod {
-    CniPod {
-        attachment: CniAttachment {
-            container_id: container_id.to_owned(),
-            interface: "eth0".to_owned(),
-        },
-        netns: pod.netns().path(),
-        namespace: Some("default".to_owned()),
-        name: Some("web".to_owned()),
-        uid: None,
-        annotations: None,
-        args: String::new(),
-    }
 }
 
 #[test]
