@@ -14,6 +14,7 @@ pub mod foreign;
 pub mod inside;
 pub mod interception;
 pub mod interpreter;
+pub mod intruder;
 pub mod iptables;
 pub mod mesh;
 pub mod netns;
