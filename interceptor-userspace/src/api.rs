@@ -383,6 +383,8 @@ fn too_long() -> io::Error {
 mod tests {
     use std::{os::unix::net::UnixListener, thread};
 
+    use proptest::prelude::*;
+
     use super::*;
 
     fn pod() -> CniPod {
@@ -432,6 +434,24 @@ mod tests {
 "#;
         let request: Request = from_line(line).unwrap();
         assert!(matches!(request, Request::CniAdd(pod) if pod.netns == Path::new("/n")));
+    }
+
+    proptest! {
+        #[test]
+        fn a_damaged_message_is_an_error_or_another_message(
+            position: prop::sample::Index,
+            length in 0_usize..9,
+            patch in prop::collection::vec(any::<u8>(), 0..9),
+        ) {
+            let mut line = to_line(&Request::CniAdd(pod())).unwrap();
+            let start = position.index(line.len());
+            let end = line.len().min(start + length);
+            line.splice(start..end, patch);
+            if let Ok(request) = from_line::<Request>(&line) {
+                let line = to_line(&request).unwrap();
+                prop_assert_eq!(from_line::<Request>(&line).unwrap(), request);
+            }
+        }
     }
 
     #[test]

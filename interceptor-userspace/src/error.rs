@@ -138,6 +138,19 @@ pub enum Error {
         owners: String,
     },
 
+    /// The cgroup has as many programs of this kind as the kernel takes.
+    #[error(
+        "attaching {program} to {target}: it has 64 programs of this kind, the most that the \
+         kernel takes: pods that wait there for their own cgroup are moved when it appears: \
+         try again"
+    )]
+    TooManyPrograms {
+        /// Our program's name.
+        program: &'static str,
+        /// The cgroup.
+        target: String,
+    },
+
     /// A system call that failed.
     #[error("{operation}")]
     System {
@@ -279,6 +292,7 @@ impl Error {
             Self::Btf { .. } => "btf".to_owned(),
             Self::Load(_) | Self::Program { .. } => "verifier".to_owned(),
             Self::Exclusive { .. } => "exclusive".to_owned(),
+            Self::TooManyPrograms { .. } => "too_many_programs".to_owned(),
             Self::Map { .. } => "map".to_owned(),
             Self::Netlink { .. } => "netlink".to_owned(),
             Self::TooManyRoutes { .. } => "routes".to_owned(),

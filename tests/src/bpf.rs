@@ -1,7 +1,7 @@
 //! Calls of bpf(2): what the suites ask of the kernel itself.
 
 use std::{
-    ffi::CString,
+    ffi::{CStr, CString},
     io,
     os::{
         fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
@@ -11,7 +11,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use aya_obj::generated::{bpf_attr, bpf_cmd, bpf_prog_info};
+use aya_obj::generated::{bpf_attr, bpf_cmd, bpf_link_info, bpf_map_info, bpf_prog_info};
 
 use crate::command::wait_until;
 
@@ -100,6 +100,100 @@ pub fn maps_of(program: u32) -> Result<Vec<Id>> {
         .collect())
 }
 
+/// The first 15 bytes of a program's or a map's name, which may be empty.
+///
+/// # Errors
+///
+/// If it is gone, or is a link, which has none.
+pub fn name(id: Id) -> io::Result<String> {
+    let fd = id.open()?;
+    let name = match id.0 {
+        Kind::Program => program_info(fd.as_fd(), &mut [0; 64])?.name,
+        Kind::Map => map_info(fd.as_fd())?.name,
+        Kind::Link => return Err(io::Error::other("a link has no name")),
+    };
+    let bytes = name.map(libc::c_char::cast_unsigned);
+    let name = CStr::from_bytes_until_nul(&bytes).map_err(io::Error::other)?;
+    Ok(name.to_string_lossy().into_owned())
+}
+
+/// The kernel's digest of a program's instructions.
+///
+/// # Errors
+///
+/// If the program is gone.
+pub fn digest_of(program: u32) -> io::Result<[u8; 8]> {
+    let fd = Id(Kind::Program, program).open()?;
+    Ok(program_info(fd.as_fd(), &mut [0; 64])?.tag)
+}
+
+/// The program that a link attaches.
+///
+/// # Errors
+///
+/// If the link is gone.
+pub fn program_of(link: u32) -> io::Result<Id> {
+    let fd = Id(Kind::Link, link).open()?;
+    Ok(Id(Kind::Program, link_info(fd.as_fd())?.prog_id))
+}
+
+/// The link that is pinned at a path.
+///
+/// # Errors
+///
+/// If none is.
+pub fn pinned_link(path: &Path) -> io::Result<Id> {
+    let link = open_pin(path)?;
+    Ok(Id(Kind::Link, link_info(link.as_fd())?.id))
+}
+
+/// The map that is pinned at a path.
+///
+/// # Errors
+///
+/// If none is.
+pub fn pinned_map(path: &Path) -> io::Result<Id> {
+    let map = open_pin(path)?;
+    Ok(Id(Kind::Map, map_info(map.as_fd())?.id))
+}
+
+/// Opens what is pinned at a path.
+///
+/// # Errors
+///
+/// If nothing is, or this process may not.
+pub fn open_pin(path: &Path) -> io::Result<OwnedFd> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mut attr = zeroed();
+    attr.__bindgen_anon_4.pathname = path.as_ptr().addr() as u64;
+    bpf_fd(bpf_cmd::BPF_OBJ_GET, &mut attr)
+}
+
+/// Detaches what a link attaches (`BPF_LINK_DETACH`).
+///
+/// # Errors
+///
+/// If it can't be.
+pub fn detach(link: &OwnedFd) -> io::Result<()> {
+    let mut attr = zeroed();
+    attr.link_detach.link_fd = number(link.as_fd());
+    bpf(bpf_cmd::BPF_LINK_DETACH, &mut attr).map(drop)
+}
+
+fn link_info(link: BorrowedFd<'_>) -> io::Result<bpf_link_info> {
+    // SAFETY: all zero is a valid value of this plain struct.
+    let mut info: bpf_link_info = unsafe { std::mem::zeroed() };
+    get_info(link, &mut info)?;
+    Ok(info)
+}
+
+fn map_info(map: BorrowedFd<'_>) -> io::Result<bpf_map_info> {
+    // SAFETY: all zero is a valid value of this plain struct.
+    let mut info: bpf_map_info = unsafe { std::mem::zeroed() };
+    get_info(map, &mut info)?;
+    Ok(info)
+}
+
 /// What the kernel says of a program; the ids of its maps go to `map_ids`.
 pub(crate) fn program_info(
     program: BorrowedFd<'_>,
@@ -109,15 +203,19 @@ pub(crate) fn program_info(
     let mut info: bpf_prog_info = unsafe { std::mem::zeroed() };
     info.map_ids = map_ids.as_mut_ptr().addr() as u64;
     info.nr_map_ids = 64;
+    get_info(program, &mut info)?;
+    Ok(info)
+}
+
+fn get_info<T>(object: BorrowedFd<'_>, info: &mut T) -> io::Result<()> {
     let mut attr = zeroed();
-    attr.info.bpf_fd = number(program);
+    attr.info.bpf_fd = number(object);
     #[expect(clippy::cast_possible_truncation, reason = "a small struct")]
     {
-        attr.info.info_len = size_of::<bpf_prog_info>() as u32;
+        attr.info.info_len = size_of::<T>() as u32;
     }
-    attr.info.info = (&raw mut info).addr() as u64;
-    bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attr)?;
-    Ok(info)
+    attr.info.info = std::ptr::from_mut(info).addr() as u64;
+    bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attr).map(drop)
 }
 
 /// Changes the first element of a pinned array, which has this size.
@@ -126,11 +224,7 @@ pub(crate) fn program_info(
 ///
 /// If there is no such map.
 pub fn change_first(pin: &Path, size: usize, change: impl FnOnce(&mut [u8])) -> Result<()> {
-    let path = CString::new(pin.as_os_str().as_bytes())?;
-    let mut attr = zeroed();
-    attr.__bindgen_anon_4.pathname = path.as_ptr().addr() as u64;
-    let map = bpf_fd(bpf_cmd::BPF_OBJ_GET, &mut attr)
-        .with_context(|| format!("open the map {}", pin.display()))?;
+    let map = open_pin(pin).with_context(|| format!("open the map {}", pin.display()))?;
     // The kernel rounds a value's size up when it copies.
     let (key, mut value) = (0u32, vec![0; size.next_multiple_of(8)]);
     let mut attr = zeroed();

@@ -11,7 +11,9 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use interceptor_userspace::api::{self, Answer, DaemonStatus, PodState, PodStatus, Request};
+use interceptor_userspace::api::{
+    self, Answer, CniAttachment, CniPod, DaemonStatus, PodState, PodStatus, Request,
+};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -32,6 +34,8 @@ pub struct Daemon {
     pins: PathBuf,
     /// Whether it runs in a mount namespace of its own.
     apart: bool,
+    /// What runs as the daemon, if not the command that is tested.
+    program: Option<PathBuf>,
 }
 
 impl Daemon {
@@ -62,6 +66,7 @@ impl Daemon {
             directory,
             pins: cli.pins().to_owned(),
             apart,
+            program: None,
         };
         fs::write(
             daemon.config(),
@@ -83,7 +88,10 @@ impl Daemon {
     ///
     /// If it isn't built.
     pub fn command(&self, cli: &Cli) -> Result<Command> {
-        let mut command = cli.command()?;
+        let mut command = match &self.program {
+            Some(program) => Command::new(program),
+            None => cli.command()?,
+        };
         command.arg("daemon").arg("--config").arg(self.config());
         if !self.apart {
             return Ok(command);
@@ -97,6 +105,12 @@ impl Daemon {
         Ok(apart)
     }
 
+    /// From the next start on this program runs, or, with none, the command that is
+    /// tested.
+    pub fn set_program(&mut self, program: Option<&Path>) {
+        self.program = program.map(Path::to_owned);
+    }
+
     /// Starts it after it was stopped or killed, and waits until it is ready.
     ///
     /// # Errors
@@ -104,6 +118,15 @@ impl Daemon {
     /// If it doesn't start.
     pub fn restart(&mut self, cli: &Cli) -> Result<()> {
         self.restart_soon(cli)?;
+        self.wait_until_ready()
+    }
+
+    /// Waits until one that was started is ready.
+    ///
+    /// # Errors
+    ///
+    /// If it ends instead, or doesn't get there.
+    pub fn wait_until_ready(&mut self) -> Result<()> {
         let result = wait_until("the daemon is ready", LIMIT, || {
             if let Some(status) = self.process()?.try_wait()? {
                 bail!("the daemon ended: {status}");
@@ -312,6 +335,22 @@ impl Daemon {
     /// If it doesn't answer.
     pub fn http(&self, path: &str) -> Result<(u16, String)> {
         get(self.status()?.metrics, path)
+    }
+}
+
+/// What CNI tells of a harness' pod.
+pub fn cni(container_id: &str, pod: &Pod) -> CniPod {
+    CniPod {
+        attachment: CniAttachment {
+            container_id: container_id.to_owned(),
+            interface: "eth0".to_owned(),
+        },
+        netns: pod.netns().path(),
+        namespace: Some("default".to_owned()),
+        name: Some("web".to_owned()),
+        uid: None,
+        annotations: None,
+        args: String::new(),
     }
 }
 

@@ -2,12 +2,8 @@
 //! instructions each, loaded without a compiler.
 
 use std::{
-    ffi::CString,
     io,
-    os::{
-        fd::{AsFd, BorrowedFd, OwnedFd},
-        unix::ffi::OsStrExt as _,
-    },
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::Path,
 };
 
@@ -20,7 +16,7 @@ use aya_obj::generated::{
 };
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
 
-use crate::bpf::{bpf, bpf_fd, number, zeroed};
+use crate::bpf::{bpf, bpf_fd, number, open_pin, zeroed};
 
 /// Where a program is called.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,11 +75,7 @@ pub fn replace_program(link: &Path, hook: Hook) -> Result<()> {
     let (program_type, attach_type) = hook.types();
     let program = load("passes", program_type, attach_type, &[set(0, 1), exit()])
         .with_context(|| format!("load a program for {hook:?}"))?;
-    let path = CString::new(link.as_os_str().as_bytes())?;
-    let mut attr = zeroed();
-    attr.__bindgen_anon_4.pathname = path.as_ptr().addr() as u64;
-    let link = bpf_fd(bpf_cmd::BPF_OBJ_GET, &mut attr)
-        .with_context(|| format!("open the link {}", link.display()))?;
+    let link = open_pin(link).with_context(|| format!("open the link {}", link.display()))?;
     let mut attr = zeroed();
     attr.link_update.link_fd = number(link.as_fd());
     attr.link_update.__bindgen_anon_1.new_prog_fd = number(program.as_fd());

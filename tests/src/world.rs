@@ -68,7 +68,8 @@ impl Way {
         .map(|address| SocketAddr::new(address, PORT))
     }
 
-    const fn server(self) -> &'static str {
+    /// The name of the server that the client means.
+    pub const fn server(self) -> &'static str {
         match self {
             Self::Out => "PEER",
             Self::In => "APP",

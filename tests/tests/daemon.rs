@@ -21,11 +21,13 @@ use interceptor_tests::{
     cgroup::Cgroup,
     cli::{Cli, run_json, set_layout},
     command::{run, unique_name, wait_until},
-    daemon::{Daemon, LIMIT},
+    daemon::{Daemon, LIMIT, cni},
     flood::{Clients, Connect, Serve, Server},
     foreign::{Counter, Hook, Sharing, replace_program},
     inside::{Conversation, Inside},
     interception::interceptor,
+    intruder::{self, ATTEMPTS, Target, open_ways},
+    netns::Netns,
     pod::{Credentials, Host, PEER_V4, Pod},
     world::{
         APP, EVERYWHERE, EXCLUDED_PORT, INBOUND, OUTBOUND, PORT, Way, World, assert_direct,
@@ -33,7 +35,7 @@ use interceptor_tests::{
     },
 };
 use interceptor_userspace::{
-    api::{Answer, CniAttachment, CniPod, MAX_MESSAGE, PodState, Request},
+    api::{Answer, CniPod, MAX_MESSAGE, PodState, Request, to_line},
     daemon::CAPABILITIES,
 };
 use proptest::{prelude::*, test_runner::TestRunner};
@@ -55,21 +57,6 @@ fn assert_nothing_left(cli: &Cli, pod: &Pod, objects: &[Id]) -> Result<()> {
     let addresses = pod.netns().ip("-6 addr show dev lo")?;
     ensure!(!addresses.contains("::6/128"), "::6 stays behind on lo");
     bpf::wait_until_gone(objects)
-}
-
-fn cni(container_id: &str, pod: &Pod) -> CniPod {
-    CniPod {
-        attachment: CniAttachment {
-            container_id: container_id.to_owned(),
-            interface: "eth0".to_owned(),
-        },
-        netns: pod.netns().path(),
-        namespace: Some("default".to_owned()),
-        name: Some("web".to_owned()),
-        uid: None,
-        annotations: None,
-        args: String::new(),
-    }
 }
 
 #[test]
@@ -591,6 +578,62 @@ fn dns_over_udp_passes_until_the_proxy_has_begun_to_listen() -> Result<()> {
         ask(connected)?;
         heard(&proxy)?;
     }
+    Ok(())
+}
+
+#[test]
+fn the_sixty_fifth_pod_without_a_cgroup_gets_the_place_of_one_that_moves() -> Result<()> {
+    /// The most programs of a kind that the kernel takes on a cgroup.
+    const PLACES: usize = 64;
+    let (parent, parent_name) = parent()?;
+    let (pod, cli) = (Pod::new()?, Cli::new()?);
+    let settings = format!("select = 'all'\ncgroup-parent = '/{parent_name}'");
+    let daemon = Daemon::start(&cli, &settings)?;
+    let namespaces = (0..=PLACES)
+        .map(|_| Netns::new(&unique_name("interceptor-pod")))
+        .collect::<Result<Vec<_>>>()?;
+    let pods: Vec<CniPod> = namespaces
+        .iter()
+        .enumerate()
+        .map(|(number, netns)| CniPod {
+            netns: netns.path(),
+            ..cni(&format!("c0ffee{number:02}"), &pod)
+        })
+        .collect();
+    let add = |pod: &CniPod| daemon.ask(&Request::CniAdd(pod.clone()));
+    for pod in &pods[..PLACES] {
+        let answer = add(pod)?;
+        ensure!(matches!(answer, Answer::Attached { .. }), "{answer:?}");
+    }
+    for _ in 0..2 {
+        let answer = add(&pods[PLACES])?;
+        let Answer::Refused { error, again: true } = &answer else {
+            bail!("{answer:?}");
+        };
+        for words in ["the most that the kernel takes", "try again", &parent_name] {
+            ensure!(error.contains(words), "{error}");
+        }
+        ensure!(
+            directories(&cli)?.len() == PLACES,
+            "something is left of it"
+        );
+    }
+    let intact = objects(&cli, "default_web_c0ffee01")?;
+
+    let own = parent.path().join("first");
+    fs::create_dir_all(own.join("libpod-c0ffee00"))?;
+    wait_until("the first is moved", LIMIT, || {
+        let status = daemon.pod("default_web_c0ffee00")?.context("gone")?;
+        Ok((status.cgroup.as_deref() == Some(&*own)).then_some(()))
+    })
+    .with_context(|| daemon.log())?;
+    let answer = add(&pods[PLACES])?;
+    ensure!(matches!(answer, Answer::Attached { .. }), "{answer:?}");
+    ensure!(objects(&cli, "default_web_c0ffee01")? == intact);
+    for pod in pods {
+        ensure!(daemon.ask(&Request::CniDel(pod.attachment))? == Answer::Done);
+    }
+    ensure!(directories(&cli)?.is_empty());
     Ok(())
 }
 
@@ -1356,6 +1399,163 @@ fn nobody_else_may_ask() -> Result<()> {
     let error = ask()?;
     ensure!(!error.contains("Permission denied"), "{error}");
     ensure!(daemon.log().contains("not allowed to ask"));
+    Ok(())
+}
+
+/// Runs an intruder by this command; the ways that are open to it.
+fn intrude(mut command: Command, target: &Target) -> Result<Vec<String>> {
+    open_ways(&run(command.arg(target.argument()?))?)
+}
+
+#[test]
+fn an_unprivileged_user_reaches_nothing_of_it() -> Result<()> {
+    let (pod, cli) = (Pod::new()?, Cli::new()?);
+    let mut daemon = Daemon::start(&cli, "")?;
+    daemon.write_pod(&pod)?;
+    daemon.wait_for(pod.name(), PodState::Attached)?;
+    let before = objects(&cli, pod.name())?;
+    let target = Target::new(&cli, &mut daemon, pod.name())?;
+
+    // Where everyone may read it. The directory of the daemon under test is opened, so
+    // that only its own modes are in the way.
+    let open =
+        |path: &Path| fs::set_permissions(path, fs::Permissions::from_mode(0o755));
+    let directory = tempfile::tempdir()?;
+    open(directory.path())?;
+    let program = directory.path().join("intruder");
+    fs::copy(intruder::program()?, &program)?;
+    open(&program)?;
+    open(daemon.config().parent().context("no directory")?)?;
+    let nobody = |before: &[&str]| {
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid", "65534", "--regid", "65534", "--clear-groups"]);
+        command.args(before).arg(&program).current_dir("/");
+        command
+    };
+    // Every process of the machine may read the metrics, and no more.
+    ensure!(intrude(nobody(&[]), &target)? == ["read the metrics"]);
+    // Already among the pins: no directory above them is in the way.
+    let mut among = target.clone();
+    among.pins = ".".into();
+    let mut command = nobody(&[]);
+    command.current_dir(cli.pins());
+    ensure!(intrude(command, &among)? == ["read the metrics"]);
+    // Root in a user namespace of its own, and in a network namespace.
+    let root = ["unshare", "-U", "-r", "-n", "-m"];
+    let open_ways = intrude(nobody(&root), &target)?;
+    ensure!(open_ways.is_empty(), "{open_ways:?}");
+
+    ensure!(objects(&cli, pod.name())? == before);
+    ensure!(directories(&cli)? == [pod.name()]);
+    // All that was tried is possible to one who may: root.
+    let ways = intrude(Command::new(&program), &target)?;
+    ensure!(ways.len() == ATTEMPTS, "only {ways:?}");
+    Ok(())
+}
+
+#[test]
+fn damaged_requests_and_crowds_cost_nothing() -> Result<()> {
+    const CROWD: usize = 400;
+    let (pod, cli) = (Pod::new()?, Cli::new()?);
+    let mut daemon = Daemon::start(&cli, "select = 'all'")?;
+    daemon.write_pod(&pod)?;
+    daemon.wait_for(pod.name(), PodState::Attached)?;
+    let before = objects(&cli, pod.name())?;
+    let pid = daemon.pid()?;
+    let descriptors = || -> Result<usize> { Ok(fs::read_dir(format!("/proc/{pid}/fd"))?.count()) };
+    let baseline = descriptors()?;
+    let connect = || -> Result<UnixStream> {
+        let stream = UnixStream::connect(daemon.socket())?;
+        stream.set_read_timeout(Some(LIMIT))?;
+        stream.set_write_timeout(Some(LIMIT))?;
+        Ok(stream)
+    };
+
+    // Every request, with some bytes of it replaced.
+    let gone = CniPod {
+        netns: "/run/netns/no-such-pod".into(),
+        annotations: Some([("sidecar.istio.io/status".to_owned(), "{}".to_owned())].into()),
+        uid: Some("0d5b8c6e-1111-2222-3333-444455556666".to_owned()),
+        ..cni("c0ffee", &pod)
+    };
+    let requests = [
+        Request::CniAdd(gone.clone()),
+        Request::CniCheck(gone.clone()),
+        Request::CniDel(gone.attachment.clone()),
+        Request::CniGc {
+            valid: vec![gone.attachment],
+        },
+        Request::CniStatus,
+        Request::Status,
+        Request::Pods,
+    ];
+    let lines = requests.map(|request| to_line(&request).unwrap_or_default());
+    let damaged = (
+        prop::sample::select(lines.to_vec()),
+        any::<prop::sample::Index>(),
+        0_usize..9,
+        prop::collection::vec(any::<u8>(), 0..9),
+    )
+        .prop_map(|(mut line, position, length, patch)| {
+            let start = position.index(line.len());
+            let end = line.len().min(start + length);
+            line.splice(start..end, patch);
+            line
+        });
+    let mut runner = TestRunner::new(proptest::test_runner::Config::with_cases(400));
+    runner.run(&damaged, |line| {
+        let answered = || -> Result<String> {
+            let mut stream = connect()?;
+            stream.write_all(&line)?;
+            stream.shutdown(std::net::Shutdown::Write)?;
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer)?;
+            Ok(answer)
+        };
+        let answer = answered().map_err(|error| TestCaseError::fail(format!("{error:#}")))?;
+        for line in answer.lines() {
+            let answer: Result<Answer, _> = serde_json::from_str(line);
+            let fine = answer.is_ok_and(|answer| !matches!(answer, Answer::Attached { .. }));
+            prop_assert!(fine, "{}", line);
+        }
+        Ok(())
+    })?;
+
+    // More at once than it talks with, each with half a line, who go.
+    let half = &lines[0][..lines[0].len() / 2];
+    let crowd = || -> Result<Vec<UnixStream>> {
+        let mut crowd = Vec::new();
+        for _ in 0..CROWD {
+            let mut stream = connect()?;
+            stream.write_all(half)?;
+            crowd.push(stream);
+        }
+        Ok(crowd)
+    };
+    drop(crowd()?);
+    ensure!(daemon.pods()?.len() == 1);
+    // And who stay: others wait until the silent ones' time is up, and are answered.
+    let silent = crowd()?;
+    ensure!(daemon.pods()?.len() == 1);
+    drop(silent);
+    // One who is slow, but speaks.
+    let mut slow = connect()?;
+    for byte in to_line(&Request::Pods)? {
+        slow.write_all(&[byte])?;
+        thread::sleep(Duration::from_millis(20));
+    }
+    slow.shutdown(std::net::Shutdown::Write)?;
+    let mut answer = String::new();
+    slow.read_to_string(&mut answer)?;
+    ensure!(answer.contains(pod.name()), "{answer}");
+
+    drop(slow);
+    wait_until("its descriptors are closed", LIMIT, || {
+        Ok((descriptors()? <= baseline).then_some(()))
+    })
+    .with_context(|| format!("{baseline} before, {:?} after", descriptors()))?;
+    ensure!(objects(&cli, pod.name())? == before);
+    ensure!(directories(&cli)? == [pod.name()]);
     Ok(())
 }
 

@@ -2,6 +2,7 @@
 //! gets onto a node.
 
 use std::{
+    collections::{BTreeMap, btree_map::Entry},
     fs,
     io::{Read as _, Write as _},
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream},
@@ -9,7 +10,7 @@ use std::{
     process::{Child, Command, Stdio},
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     thread,
     time::Duration,
@@ -17,11 +18,12 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use interceptor_tests::{
-    bpf,
+    bpf::{self, Id},
     cli::Cli,
     command::{run, wait_until, workspace_binary},
     daemon::{Daemon, LIMIT},
     interception::interceptor,
+    intruder::{self, Target, open_ways},
     podman::{BUSYBOX, GATEWAY, Podman, Role},
     proxies::{self, Logged, envoy_configuration},
     world::objects,
@@ -314,6 +316,51 @@ fn envoy_is_a_sidecar_both_ways() -> Result<()> {
     machine.assert_nothing_left()
 }
 
+#[test]
+fn root_in_a_pod_reaches_nothing_of_it() -> Result<()> {
+    let mut machine = Machine::new()?;
+    machine
+        .podman
+        .image("localhost/intruder", &[&intruder::program()?])?;
+    let podman = &machine.podman;
+    podman.create_pod(POD)?;
+    let idle = ["sleep", "1000000"];
+    // With the capabilities of every container, and with one for its own network.
+    for (name, options) in [(APP, &[][..]), ("admin", &["--cap-add", "NET_ADMIN"][..])] {
+        podman.create_container(POD, name, Role::App, "localhost/intruder", options, &idle)?;
+    }
+    podman
+        .start_pod(POD)
+        .with_context(|| machine.daemon.log())?;
+    let pods = machine.daemon.pods()?;
+    ensure!(pods.len() == 1, "{pods:?}");
+    let name = &pods[0].pod;
+    let before = objects(&machine.cli, name)?;
+    let mut target = Target::new(&machine.cli, &mut machine.daemon, name)?;
+    // The node's own address, too.
+    let port = target.metrics[0].port();
+    target.metrics.push(SocketAddr::new(GATEWAY, port));
+    for container in [APP, "admin"] {
+        let argument = target.argument()?;
+        // The application's user, and the proxy's, whose connections are left alone.
+        for user in ["0", "1337"] {
+            let printed = podman.podman(
+                &["exec", "--user", user, &format!("{POD}-{container}")],
+                &["/usr/bin/interceptor-intruder", &argument],
+            )?;
+            let ways = open_ways(&printed)?;
+            ensure!(ways.is_empty(), "to {user} in {container}: {ways:?}");
+        }
+    }
+    ensure!(objects(&machine.cli, name)? == before);
+    // The way to its own network is open to the one, so that they were not the same.
+    let set = ["ip", "link", "set", "lo", "mtu", "60000"];
+    ensure!(podman.exec(POD, APP, &set).is_err());
+    podman.exec(POD, "admin", &set)?;
+    podman.remove_pod(POD)?;
+    machine.assert_nothing_left()
+}
+
 /// Podman takes about a second of one processor for each pod, so CI makes few at a time.
 /// The environment variable `PODMAN_PODS` says otherwise.
 const PODS: usize = 8;
@@ -331,7 +378,9 @@ fn pods_that_come_and_go_in_parallel_leave_nothing() -> Result<()> {
     // The first round makes what is kept for good.
     let mut baseline = None;
     for round in 0..=ROUNDS {
-        thread::scope(|scope| {
+        let ended = AtomicBool::new(false);
+        let seen = thread::scope(|scope| {
+            let seeing = scope.spawn(|| all_objects(machine, &ended));
             let threads: Vec<_> = (0..pods)
                 .map(|index| {
                     let pod = format!("{POD}-{round}-{index}");
@@ -353,16 +402,22 @@ fn pods_that_come_and_go_in_parallel_leave_nothing() -> Result<()> {
                     })
                 })
                 .collect();
-            for thread in threads {
-                thread
-                    .join()
-                    .map_err(|_| anyhow::anyhow!("a thread panicked"))??;
+            let panicked = |_| anyhow::anyhow!("a thread panicked");
+            let results: Vec<_> = threads
+                .into_iter()
+                .map(|thread| thread.join().map_err(panicked))
+                .collect();
+            ended.store(true, Ordering::SeqCst);
+            for result in results {
+                result??;
             }
-            anyhow::Ok(())
+            seeing.join().map_err(panicked)?
         })?;
+        ensure!(seen.len() == pods, "only {} pods were seen", seen.len());
         ensure!(connections.load(Ordering::SeqCst) == 0, "a SYN got out");
         machine.assert_nothing_left()?;
-        // Other suites may run beside this one: only ours count.
+        // Programs, maps and links, whoever may hold them still.
+        bpf::wait_until_gone(&seen.into_values().flatten().collect::<Vec<_>>())?;
         wait_until("the kernel has freed what was ours", LIMIT, || {
             Ok((held_by(machine.pid)? == 0).then_some(()))
         })?;
@@ -381,6 +436,24 @@ fn pods_that_come_and_go_in_parallel_leave_nothing() -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// The kernel's objects of every pod that is attached until this has ended, by the
+/// pods' names.
+fn all_objects(machine: &Machine, ended: &AtomicBool) -> Result<BTreeMap<String, Vec<Id>>> {
+    let mut seen = BTreeMap::new();
+    while !ended.load(Ordering::SeqCst) {
+        for pod in machine.daemon.pods()? {
+            // While it is moved it has more, and while it is detached less.
+            if let Entry::Vacant(entry) = seen.entry(pod.pod)
+                && let Ok(objects) = objects(&machine.cli, entry.key())
+            {
+                entry.insert(objects);
+            }
+        }
+        thread::sleep(Duration::from_millis(50));
+    }
+    Ok(seen)
 }
 
 /// How many of the kernel's programs, maps and links the process has open.

@@ -25,6 +25,8 @@ pub(crate) const PARITY: &str = "parity";
 
 /// The suite of the node's daemon.
 const DAEMON: &str = "daemon";
+/// The suite that kills the daemon, and replaces it by another build.
+pub(crate) const CRASHES: &str = "crashes";
 /// The suite of the node's daemon and podman's pods, which no virtual machine has.
 const PODMAN: &str = "podman";
 
@@ -83,7 +85,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         Which::Parity => return parity(args),
         Which::Unit => Vec::new(),
         Which::Pod => pod_suites()?,
-        Which::Daemon => [DAEMON, PODMAN].map(str::to_owned).to_vec(),
+        Which::Daemon => [DAEMON, CRASHES, PODMAN].map(str::to_owned).to_vec(),
         Which::All => pod_suites()?
             .into_iter()
             .chain([PODMAN, PARITY].map(str::to_owned))
@@ -106,6 +108,9 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     if !suites_of_pods.is_empty() {
         // The suites start them; cargo builds only their own package's programs.
         compile::debug(&["interceptor", "interceptor-cni"])?;
+        if suites_of_pods.iter().any(|suite| suite == CRASHES) {
+            compile::next()?;
+        }
         let targets: Vec<String> = suites_of_pods
             .into_iter()
             .flat_map(|suite| ["--test".to_owned(), suite])

@@ -19,7 +19,7 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::{
     process::target,
     setup::{self, Need},
-    test::{Counts, PARITY, pod_suites},
+    test::{CRASHES, Counts, PARITY, pod_suites},
 };
 
 mod debian;
@@ -42,7 +42,11 @@ const GUESTS: usize = 2;
 const LIMIT: Duration = Duration::from_secs(3600);
 
 /// Suites that no guest runs, and why.
-const NOT_IN_GUESTS: [(&str, &str); 3] = [
+const NOT_IN_GUESTS: [(&str, &str); 4] = [
+    (
+        CRASHES,
+        "it repeats until it would fail if it could, and needs another build",
+    ),
     ("demo", "its cases are those of the suite cases"),
     ("load", "it measures, and an emulated machine has no speed"),
     ("proxies", "Envoy and HAProxy are too big for a guest"),

@@ -317,6 +317,13 @@ impl Object {
         let program = self.program(hook).as_fd();
         Link::create(program, cgroup.as_fd(), hook.attach_type).map_err(|error| {
             let name = format!("the cgroup {}", cgroup.path().display());
+            // BPF_CGROUP_MAX_PROGS, 64 since Linux 4.15.
+            if error.raw_os_error() == Some(libc::E2BIG) {
+                return Error::TooManyPrograms {
+                    program: hook.program,
+                    target: name,
+                };
+            }
             if error.raw_os_error() == Some(libc::EPERM) {
                 let owners = exclusive_owners(cgroup, hook.attach_type);
                 if !owners.is_empty() {

@@ -4,7 +4,7 @@
 use std::{
     fs::{self, File},
     io,
-    os::unix::fs::MetadataExt as _,
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _},
     path::{Path, PathBuf},
 };
 
@@ -197,7 +197,12 @@ impl Pins {
         let system =
             |operation: &str| Error::system(format!("{operation} {}", self.root.display()));
         loop {
-            fs::create_dir_all(&self.root).map_err(system("making"))?;
+            // Where everybody may enter bpffs, the pods' names are nobody's business.
+            fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(&self.root)
+                .map_err(system("making"))?;
             let directory = match File::open(&self.root) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                 opened => opened.map_err(system("opening"))?,

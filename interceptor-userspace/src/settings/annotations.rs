@@ -122,6 +122,8 @@ fn with(mut given: Vec<PortRange>, always: &[u16]) -> Vec<PortRange> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
     use crate::settings::{Cidrs, Mode, Ports};
 
@@ -214,6 +216,30 @@ mod tests {
                 .to_string();
             let named = error.contains(value);
             assert!(named, "{key}: {error}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_they_say_is_read_or_refused_by_name(
+            key in prop::sample::select(&[
+                "traffic.sidecar.istio.io/includeInboundPorts",
+                "traffic.sidecar.istio.io/excludeInboundPorts",
+                "traffic.sidecar.istio.io/includeOutboundPorts",
+                "traffic.sidecar.istio.io/excludeOutboundPorts",
+                "traffic.sidecar.istio.io/includeOutboundIPRanges",
+                "traffic.sidecar.istio.io/excludeOutboundIPRanges",
+                "traffic.sidecar.istio.io/excludeInterfaces",
+                "traffic.sidecar.istio.io/kubevirtInterfaces",
+                "traffic.sidecar.istio.io/other",
+                MODE, STATUS_PORT, VIRTUAL_INTERFACES,
+            ][..]),
+            value in prop_oneof![".{0,80}", "[0-9a-f:./,* -]{0,80}"],
+        ) {
+            if let Err(error) = of(Profile::Cni, &[(key, &value)]) {
+                let error = error.to_string();
+                prop_assert!(error.contains(&value), "{}: {}", key, error);
+            }
         }
     }
 }

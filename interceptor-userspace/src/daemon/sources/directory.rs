@@ -223,5 +223,26 @@ mod tests {
         fn no_text_does_harm(text in ".{0,200}", json: bool) {
             let _: Result<PodFile, String> = parse(&text, json);
         }
+
+        #[test]
+        fn a_damaged_file_is_an_error_or_another_file(
+            position: prop::sample::Index,
+            length in 0_usize..9,
+            patch in prop::collection::vec(any::<u8>(), 0..9),
+        ) {
+            let mut text = b"cgroup = '/c'\nnetns = 12\n[annotations]\na = 'b'\n\
+                [settings]\noutbound_port = 1\n"
+                .to_vec();
+            let start = position.index(text.len());
+            let end = text.len().min(start + length);
+            text.splice(start..end, patch);
+            // As it comes from the directory: not always text.
+            let directory = tempfile::tempdir().unwrap();
+            let path = directory.path().join("web.toml");
+            fs::write(&path, &text).unwrap();
+            if let Err(error) = read(&path) {
+                prop_assert!(!error.is_empty());
+            }
+        }
     }
 }
