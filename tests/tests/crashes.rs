@@ -619,7 +619,7 @@ fn another_build_takes_over_and_the_first_one_takes_back() -> Result<()> {
     let digests = digests(&links)?;
     let settings = node.settings(&node.cli().command()?)?;
     ensure!(settings.to_string().contains("192.0.2.0/24"), "{settings}");
-    let mut hits = node.hits(&node.cli().command()?)?;
+    let mut hits = node.wait_for_more_than(0, &node.cli().command()?)?;
 
     for newer in [true, false, true, false] {
         node.daemon.stop()?;
@@ -658,9 +658,7 @@ fn another_build_takes_over_and_the_first_one_takes_back() -> Result<()> {
         let command = node.own_command()?;
         let now_settings = node.settings(&command)?;
         ensure!(now_settings == settings, "{settings} became {now_settings}");
-        let now_hits = node.hits(&command)?;
-        ensure!(now_hits > hits, "{hits} became {now_hits}");
-        hits = now_hits;
+        hits = node.wait_for_more_than(hits, &command)?;
     }
     node.finish()
 }
@@ -704,6 +702,14 @@ impl Node {
         let pod = ["status", "-o", "json", "--pod", &self.guest_name()];
         let status = run_json(again(command).args(pod))?;
         Ok(status[0]["settings"].clone())
+    }
+
+    /// Waits until a build of the command says that the guest's rules have decided more
+    /// connections than so many.
+    fn wait_for_more_than(&self, hits: u64, command: &Command) -> Result<u64> {
+        wait_until(&format!("more than {hits} hits"), LIMIT, || {
+            Ok(Some(self.hits(command)?).filter(|now| *now > hits))
+        })
     }
 
     /// How many connections a build of the command says the guest's rules have
