@@ -40,9 +40,20 @@ impl Daemon {
     ///
     /// If it doesn't start.
     pub fn start(cli: &Cli, settings: &str) -> Result<Self> {
+        let mut daemon = Self::prepare(cli, settings)?;
+        daemon.restart(cli)?;
+        Ok(daemon)
+    }
+
+    /// Makes all that one needs, and doesn't start it.
+    ///
+    /// # Errors
+    ///
+    /// If something can't be made.
+    pub fn prepare(cli: &Cli, settings: &str) -> Result<Self> {
         let directory = tempfile::tempdir()?;
         fs::create_dir(directory.path().join("pods"))?;
-        let mut daemon = Self {
+        let daemon = Self {
             process: None,
             directory,
             pins: cli.pins().to_owned(),
@@ -57,7 +68,6 @@ impl Daemon {
                 daemon.pins.display(),
             ),
         )?;
-        daemon.restart(cli)?;
         Ok(daemon)
     }
 
@@ -78,12 +88,21 @@ impl Daemon {
     ///
     /// If it doesn't start.
     pub fn restart(&mut self, cli: &Cli) -> Result<()> {
+        self.restart_until(cli, |status| status.ready)
+    }
+
+    /// Starts it, and waits until its status is as it should be.
+    ///
+    /// # Errors
+    ///
+    /// If it doesn't start.
+    pub fn restart_until(&mut self, cli: &Cli, good: impl Fn(&DaemonStatus) -> bool) -> Result<()> {
         self.restart_soon(cli)?;
-        let result = wait_until("the daemon is ready", LIMIT, || {
+        let result = wait_until("the daemon has started", LIMIT, || {
             if let Some(status) = self.process()?.try_wait()? {
                 bail!("the daemon ended: {status}");
             }
-            Ok(self.status().ok().filter(|status| status.ready).map(|_| ()))
+            Ok(self.status().ok().filter(&good).map(|_| ()))
         });
         result.with_context(|| self.log())
     }

@@ -15,6 +15,7 @@ pub mod inside;
 pub mod interception;
 pub mod interpreter;
 pub mod iptables;
+pub mod kubernetes;
 pub mod mesh;
 pub mod netns;
 pub mod pod;
