@@ -312,7 +312,12 @@ impl Store {
 impl Known {
     fn put(&mut self, mut pod: Value) {
         self.version += 1;
-        pod["metadata"]["resourceVersion"] = self.version.to_string().into();
+        if let Some(metadata) = pod["metadata"].as_object_mut() {
+            metadata.insert(
+                "resourceVersion".to_owned(),
+                self.version.to_string().into(),
+            );
+        }
         let known = self.pods.insert(key(&pod), pod.clone());
         let kind = if known.is_some() { "MODIFIED" } else { "ADDED" };
         self.happened(kind, pod);

@@ -702,8 +702,8 @@ fn whatever_the_api_says_it_goes_on() -> Result<()> {
         "{\"object\":{},\"type\":\"MODIFIED\"}",
         "{\"type\":\"ADDED\",\"object\":{\"metadata\":{\"uid\":\"../..\",\"name\":\"a\",\"namespace\":\"b\"}}}",
     ] {
+        thread::sleep(MOMENT);
         server.say(said);
-        thread::sleep(Duration::from_millis(50));
     }
     wait_until_counted(&daemon, "watch", "malformed")?;
     // A list with such objects is a list still.

@@ -8,6 +8,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     hash::{BuildHasher as _, RandomState},
     io,
+    mem::replace,
     path::Path,
     pin::pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc::Sender},
@@ -47,15 +48,20 @@ struct Limits {
     answer: Duration,
     /// To end a watch, as it is asked to: one that goes on has lost its server.
     watch: Duration,
-    /// The shortest and the longest time before it is asked again after a failure.
-    again: (Duration, Duration),
+    /// Before it is asked again after a failure: the shortest time, and the longest if
+    /// it answered and if it didn't.
+    again: (Duration, Duration, Duration),
 }
 
 const LIMITS: Limits = Limits {
     add: Duration::from_secs(5),
     answer: Duration::from_secs(30),
     watch: Duration::from_secs(300),
-    again: (Duration::from_millis(500), Duration::from_secs(30)),
+    again: (
+        Duration::from_millis(500),
+        Duration::from_secs(2),
+        Duration::from_secs(30),
+    ),
 };
 
 /// For how many seconds the server is asked to go on with a watch; less than 295,
@@ -138,29 +144,39 @@ impl Kubernetes {
     /// Tells of the node's pods, whenever one comes, goes or changes. Never ends.
     pub(crate) async fn watch(self: Arc<Self>, messages: Sender<Message>) {
         let mut watching = Watching::default();
-        let (least, most) = self.limits.again;
-        let mut wait = least;
+        let (least, brief, most) = self.limits.again;
+        let mut wait = least / 2;
         loop {
-            let start = Instant::now();
+            (watching.since, watching.listed) = (None, false);
             let result = self.round(&mut watching, &messages).await;
-            // It answered for a while, so this is another failure than the last.
-            if start.elapsed() >= most {
-                wait = least;
-            }
+            let lasted = watching
+                .since
+                .map_or(Duration::ZERO, |start| start.elapsed());
             match result {
-                // A watch takes minutes; one that doesn't is no better than a failure.
-                Ok(()) if start.elapsed() > least => continue,
+                Ok(()) if lasted > least => continue,
                 Ok(()) => {}
                 Err(error) => {
                     watching.failed(&error);
                     if is_unauthorized(&error) {
                         self.connect_anew().await;
+                        if !replace(&mut watching.renewed, true) {
+                            continue;
+                        }
+                    }
+                    // Too long ago, and not listed just now.
+                    if watching.version.is_none() && !watching.listed && lasted > Duration::ZERO {
+                        continue;
                     }
                 }
             }
+            wait = match watching.since {
+                // What went well for longer than was waited for it has failed anew.
+                Some(_) if lasted > wait => least,
+                Some(_) => (wait * 2).min(brief),
+                None => (wait * 2).min(most),
+            };
             // Not all nodes at once.
             sleep(wait.mul_f64(0.5 + 0.5 * chance())).await;
-            wait = (wait * 2).min(most);
         }
     }
 
@@ -186,7 +202,7 @@ impl Kubernetes {
             let (version, pods) = listed.inspect_err(|error| self.failed("list", error))?;
             *lock(&self.pods) = pods;
             self.tell(messages);
-            watching.version = Some(version);
+            (watching.version, watching.listed) = (Some(version), true);
         }
         let result = self.follow(watching, messages).await;
         let result = result.inspect_err(|error| self.failed("watch", error));
@@ -403,6 +419,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 struct Watching {
     /// The version of the last thing that was heard; none if all is to be listed.
     version: Option<String>,
+    /// Since when the server has told of changes, this time.
+    since: Option<Instant>,
+    /// Whether all was listed, this time.
+    listed: bool,
+    /// Whether the credentials were read anew since it last answered.
+    renewed: bool,
     /// The failure that was told last, while it lasts.
     told: Option<String>,
 }
@@ -420,6 +442,8 @@ impl Watching {
     }
 
     fn goes_on(&mut self) {
+        self.since = Some(Instant::now());
+        self.renewed = false;
         if self.told.take().is_some() {
             info!("the node's pods are followed again");
         }
@@ -670,4 +694,134 @@ fn kept(pod: wire::Pod) -> Result<KubernetesPod, String> {
         kept.containers.insert(container.name);
     }
     Ok(kept)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    use super::*;
+
+    fn pod() -> Value {
+        json!({
+            "metadata": {
+                "name": "web", "namespace": "shop", "uid": "8f-2c", "resourceVersion": "7",
+                "annotations": {
+                    "sidecar.istio.io/status": "{}",
+                    "traffic.sidecar.istio.io/excludeOutboundPorts": "25",
+                    "kubectl.kubernetes.io/last-applied-configuration": "{}",
+                },
+                "labels": {"app": "web", "sidecar.istio.io/inject": "true"},
+            },
+            "spec": {
+                "initContainers": [{"name": "istio-validation"}],
+                "containers": [
+                    {"name": "app", "args": ["proxy", "other"]},
+                    {"name": "istio-proxy", "args": ["proxy", "sidecar"], "env": [
+                        {"name": "DISABLE_ENVOY", "value": "1"},
+                        {"name": "POD", "valueFrom": {}},
+                    ]},
+                ],
+            },
+            "status": {"phase": "Running"},
+        })
+    }
+
+    #[test]
+    fn of_a_pod_what_decides_is_kept() {
+        let object = Object::of(&pod());
+        assert!(!object.ended);
+        assert_eq!(object.version.as_deref(), Some("7"));
+        let kept = object.pod.unwrap();
+        assert_eq!(
+            (&*kept.namespace, &*kept.name, &*kept.uid),
+            ("shop", "web", "8f-2c")
+        );
+        assert_eq!(
+            kept.annotations.keys().collect::<Vec<_>>(),
+            [
+                "sidecar.istio.io/status",
+                "traffic.sidecar.istio.io/excludeOutboundPorts"
+            ]
+        );
+        assert_eq!(
+            kept.labels.keys().collect::<Vec<_>>(),
+            ["sidecar.istio.io/inject"]
+        );
+        assert_eq!(
+            kept.containers.iter().collect::<Vec<_>>(),
+            ["app", "istio-proxy", "istio-validation"]
+        );
+        assert_eq!(kept.proxy_type.as_deref(), Some("sidecar"));
+        assert!(kept.proxy_off && !kept.host_network);
+    }
+
+    #[test]
+    fn one_of_the_kubelets_own_has_the_kubelets_uid() {
+        let mut pod = pod();
+        pod["metadata"]["annotations"][MIRROR] = "0a1b".into();
+        assert_eq!(Object::of(&pod).pod.unwrap().uid, "0a1b");
+        for phase in ["Succeeded", "Failed"] {
+            pod["status"]["phase"] = phase.into();
+            assert!(Object::of(&pod).ended);
+        }
+    }
+
+    #[test]
+    fn what_is_no_pod_is_told() {
+        for (part, value) in [
+            ("/metadata/uid", json!("../x")),
+            ("/metadata/uid", Value::Null),
+            ("/metadata/name", json!("a/b")),
+            ("/metadata/namespace", json!("")),
+            ("/metadata/annotations", json!({"a": 1})),
+            ("/spec/containers", json!([{}])),
+        ] {
+            let mut pod = pod();
+            *pod.pointer_mut(part).unwrap() = value;
+            let object = Object::of(&pod);
+            assert!(object.pod.is_err(), "{part}: {object:?}");
+            assert_eq!(object.version.as_deref(), Some("7"));
+        }
+    }
+
+    #[test]
+    fn a_list_is_read_though_an_object_of_it_can_not_be() {
+        let list = json!({"metadata": {"resourceVersion": "9"}, "items": [pod(), null, {}]});
+        let (version, objects) = read_list(&list.to_string()).unwrap();
+        assert_eq!((&*version, objects.len()), ("9", 3));
+        assert!(objects[0].pod.is_ok() && objects[1].pod.is_err() && objects[2].pod.is_err());
+        let none = json!({"metadata": {"resourceVersion": "9"}, "items": null});
+        assert!(read_list(&none.to_string()).unwrap().1.is_empty());
+        for text in ["", "[]", "{}", r#"{"metadata":{},"items":[]}"#] {
+            assert!(read_list(text).is_err(), "{text}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_name_is_more_than_a_part_of_a_path(name in ".{0,300}") {
+            if is_name(&name) {
+                prop_assert!(!name.contains(['/', '%', '?']) && !name.starts_with('.'));
+            }
+        }
+
+        #[test]
+        fn no_text_does_harm(text in "\\PC{0,200}", part in 0..6_usize) {
+            let parts = ["/metadata", "/metadata/uid", "/metadata/labels", "/spec", "/status",
+                "/spec/containers/1/args"];
+            let mut pod = pod();
+            *pod.pointer_mut(parts[part]).unwrap() = text.clone().into();
+            let _: Object = Object::of(&pod);
+            let _: Result<_, String> = read_list(&text);
+        }
+    }
+
+    #[test]
+    fn chance_is_a_part_of_one() {
+        for _ in 0..100 {
+            assert!((0.0..=1.0).contains(&chance()));
+        }
+    }
 }
