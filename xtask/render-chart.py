@@ -18,6 +18,8 @@ PLAIN = {"createNamespace": True}
 OTHERS = [
     {},
     {"uninstall": True},
+    {"kubernetes": {"enabled": False}},
+    {"kubernetes": {"enabled": True}, "uninstall": True},
     {"cni": {"onError": "pass", "confDir": "/etc/rancher/net.d", "binDir": "/var/lib/cni"}},
     {"daemon": {"metrics": "127.0.0.1:1", "settings": {"outbound_ports": "80"}}},
     {"image": {"repository": "r.example/i", "tag": "t"}, "imagePullSecrets": [{"name": "s"}]},
@@ -29,6 +31,8 @@ WRONG = [
     {"cni": {"binDir": "opt"}},
     {"daemon": {"metrics": "no"}},
     {"daemon": {"metrics": "127.0.0.1:1", "socket": "/s"}},
+    {"daemon": {"metrics": "127.0.0.1:1", "kubernetes": False}},
+    {"kubernetes": {"enabled": "perhaps"}},
 ]
 # From the oldest that the chart admits.
 RELEASES = kubernetes_validate.utils.all_versions()
@@ -43,7 +47,14 @@ def render(chart, values):
             documents += [text.strip() for text in files[name].split("\n---") if text.strip()]
     documents = [text for text in documents if yaml.safe_load(text)]
     # A namespace comes before what is in it, the rest as Helm orders it.
-    order = ["Namespace", "ServiceAccount", "ConfigMap", "DaemonSet"]
+    order = [
+        "Namespace",
+        "ServiceAccount",
+        "ClusterRole",
+        "ClusterRoleBinding",
+        "ConfigMap",
+        "DaemonSet",
+    ]
     return sorted(documents, key=lambda text: order.index(yaml.safe_load(text)["kind"]))
 
 
@@ -66,6 +77,25 @@ def assert_unprivileged(document):
         assert security["capabilities"]["drop"] == ["ALL"], container["name"]
 
 
+def assert_asks_only_if_told(documents, values):
+    """Who asks no API server has neither a right nor a token."""
+    asks = values.get("kubernetes", {}).get("enabled", True) and not values.get("uninstall")
+    kinds = [yaml.safe_load(document)["kind"] for document in documents]
+    assert ("ClusterRole" in kinds) == ("ClusterRoleBinding" in kinds) == asks, kinds
+    for spec in map(yaml.safe_load, documents):
+        if spec["kind"] != "DaemonSet":
+            continue
+        pod = spec["spec"]["template"]["spec"]
+        assert pod["automountServiceAccountToken"] is False
+        assert any("projected" in volume for volume in pod["volumes"]) == asks
+        with_token = [
+            container["name"]
+            for container in pod["containers"] + pod.get("initContainers", [])
+            if any(mount["name"] == "api" for mount in container.get("volumeMounts", []))
+        ]
+        assert with_token == (["daemon"] if asks else []), with_token
+
+
 def main(path):
     for finding in helm.lint(path)["messages"]:
         # Information (1), as on a missing icon, is no defect.
@@ -76,6 +106,7 @@ def main(path):
             for document in documents:
                 validate(document)
                 assert_unprivileged(document)
+            assert_asks_only_if_told(documents, values)
         for values in WRONG:
             try:
                 chart.validate_schema(values)

@@ -217,7 +217,7 @@ pub struct PodStatus {
     /// Why, if it isn't attached.
     #[serde(default)]
     pub because: Option<String>,
-    /// Who told of it: `cni`, `cgroups`, `directory`, or `command` if it was
+    /// Who told of it: `cni`, `cgroups`, `directory`, `kubernetes`, or `command` if it was
     /// attached by hand.
     pub source: String,
     /// Its cgroup, if that is known.

@@ -37,7 +37,7 @@ use self::{
     metrics::Metrics,
     pods::{Message, Registry, View},
     server::{READINGS, Server},
-    sources::cgroups::Watched,
+    sources::{cgroups::Watched, kubernetes::Kubernetes},
 };
 use crate::{
     Error, Result,
@@ -101,12 +101,17 @@ async fn serve(config: Config) -> Result<()> {
         .name("pods".to_owned())
         .spawn(move || registry.run(&received))
         .map_err(Error::system("starting a thread"))?;
-    let sources = start_sources(&config, &messages)?;
+    let kubernetes = match config.options.kubernetes_node()? {
+        Some(node) => Some(Kubernetes::new(&config.options, node, Arc::clone(&metrics)).await?),
+        None => None,
+    };
+    let sources = start_sources(&config, kubernetes.as_ref(), &messages)?;
     let listener = server::listen(&config.options.socket())?;
     let server = Arc::new(Server {
         messages: messages.clone(),
         metrics: Arc::clone(&metrics),
         view: view.clone(),
+        kubernetes,
         status: DaemonStatus {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
@@ -147,7 +152,11 @@ async fn serve(config: Config) -> Result<()> {
 }
 
 /// Starts what tells of pods; says what that is.
-fn start_sources(config: &Config, messages: &mpsc::Sender<Message>) -> Result<Vec<String>> {
+fn start_sources(
+    config: &Config,
+    kubernetes: Option<&Arc<Kubernetes>>,
+    messages: &mpsc::Sender<Message>,
+) -> Result<Vec<String>> {
     let mut names = vec!["cni".to_owned()];
     if let Some(directory) = &config.options.pods {
         sources::directory::watch(directory.clone(), messages.clone())?;
@@ -160,14 +169,24 @@ fn start_sources(config: &Config, messages: &mpsc::Sender<Message>) -> Result<Ve
             .collect::<Result<_>>()?;
         Ok(patterns.into_iter().flatten().collect())
     };
-    let pods = patterns_of(config.options.cgroups.as_deref().unwrap_or_default())?;
-    let others: Vec<String> = config
+    let mut pods = config.options.cgroups.clone().unwrap_or_default();
+    let mut others: Vec<String> = config
         .options
         .cgroup_parent
         .iter()
         .map(|parent| format!("{}/*", parent.display()))
         .collect();
-    let others = patterns_of(&others)?;
+    if let Some(kubernetes) = kubernetes {
+        tokio::spawn(Arc::clone(kubernetes).watch(messages.clone()));
+        names.push(format!(
+            "kubernetes node {}",
+            config.options.node_name.as_deref().unwrap_or_default()
+        ));
+        // Which of these are to be attached, the API says. The tree says when.
+        pods.retain(|pattern| pattern != sources::cgroups::OF_KUBERNETES);
+        others.push(sources::cgroups::OF_KUBERNETES.to_owned());
+    }
+    let (pods, others) = (patterns_of(&pods)?, patterns_of(&others)?);
     if !pods.is_empty() || !others.is_empty() {
         sources::cgroups::watch(
             Watched {
@@ -184,7 +203,8 @@ fn start_sources(config: &Config, messages: &mpsc::Sender<Message>) -> Result<Ve
     Ok(names)
 }
 
-/// Tells systemd that the daemon is ready when it is, and alive as long as it is.
+/// Tells systemd that the daemon has started when it has, and alive as long as it is.
+/// The Kubernetes API isn't waited for: it may need this node's services itself.
 /// Never ends.
 async fn watchdog(view: View) {
     let every = sd_notify::watchdog_enabled().map_or(Duration::from_secs(5), |limit| limit / 3);
@@ -192,7 +212,7 @@ async fn watchdog(view: View) {
     let mut ready = false;
     loop {
         ticks.tick().await;
-        if !ready && view.get().ready {
+        if !ready && view.get().started {
             ready = true;
             notify(sd_notify::NotifyState::Ready);
         }

@@ -192,6 +192,24 @@ pub enum Error {
         most: u32,
     },
 
+    /// The Kubernetes API server refused, or could not be asked.
+    #[error("{operation}: {}", kubernetes_words(error))]
+    Kubernetes {
+        /// What was tried.
+        operation: String,
+        /// The server's answer, or why there is none.
+        error: Box<kube::Error>,
+    },
+
+    /// The Kubernetes API server answered what nobody can read.
+    #[error("{operation}: the answer can't be read: {problem}")]
+    KubernetesAnswer {
+        /// What was tried.
+        operation: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+
     /// The pod is attached in another way.
     #[error(
         "the pod {pod} is attached already with another {what}: run `interceptor detach --pod \
@@ -269,6 +287,45 @@ pub enum Error {
     },
 }
 
+/// What the API server says, or why it says nothing, in one line.
+fn kubernetes_words(error: &kube::Error) -> String {
+    match error {
+        kube::Error::Api(status) => {
+            // Somebody's page about an error, if it isn't the API's own word.
+            let message: String = status.message.chars().take(300).collect();
+            format!("{} {}: {message}", status.code, status.reason)
+        }
+        error => in_one_line(error),
+    }
+}
+
+/// The server's reason or, if it wasn't reached, the kernel's.
+fn kubernetes_cause(error: &kube::Error) -> String {
+    if let kube::Error::Api(status) = error {
+        return match &*status.reason {
+            // The client's word for an answer that isn't the API's.
+            "" | "Failed to parse error data" => status.code.to_string(),
+            reason => reason.to_owned(),
+        };
+    }
+    let mut source: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(cause) = source {
+        if let Some(errno) = cause
+            .downcast_ref::<io::Error>()
+            .and_then(io::Error::raw_os_error)
+        {
+            return format!("{:?}", nix::errno::Errno::from_raw(errno));
+        }
+        source = cause.source();
+    }
+    match error {
+        kube::Error::SerdeError(_) | kube::Error::FromUtf8(_) => "malformed",
+        kube::Error::Auth(_) => "credentials",
+        _ => "connection",
+    }
+    .to_owned()
+}
+
 impl Error {
     /// What kind of error it is, in one word, for counting: the name of the kernel's
     /// error, if it is one.
@@ -296,6 +353,8 @@ impl Error {
             Self::Map { .. } => "map".to_owned(),
             Self::Netlink { .. } => "netlink".to_owned(),
             Self::TooManyRoutes { .. } => "routes".to_owned(),
+            Self::Kubernetes { error, .. } => kubernetes_cause(error),
+            Self::KubernetesAnswer { .. } => "malformed".to_owned(),
             Self::AttachedOtherwise { .. } => "attached_otherwise".to_owned(),
             Self::Damaged { .. } => "damaged".to_owned(),
             Self::Layout { .. } => "layout".to_owned(),

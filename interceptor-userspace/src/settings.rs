@@ -16,6 +16,7 @@ use ipnet::{IpNet, Ipv4Net};
 use serde::{Deserialize, Serialize};
 
 pub use annotations::annotated;
+pub(crate) use annotations::is_read;
 pub use chains::{ChainRule, Family};
 pub use compile::{Compiled, IdMap, Place, Prefix, PrefixTable};
 pub use import::{NoEqual, import};

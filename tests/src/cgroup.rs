@@ -15,6 +15,9 @@ use nix::{
 
 use crate::command::{require_root, wait_until};
 
+/// The kubelet's directory of pods, with the cgroup driver `cgroupfs`.
+const KUBEPODS: &str = "kubepods";
+
 /// A directory in the cgroup v2 tree, removed when dropped, after the end of
 /// every process that is still in it.
 #[derive(Debug)]
@@ -32,6 +35,29 @@ impl Cgroup {
         require_root()?;
         let path = Self::mount()?.join(name.trim_start_matches('/'));
         fs::create_dir(&path).with_context(|| format!("make cgroup {}", path.display()))?;
+        Ok(Self { path })
+    }
+
+    /// Makes the one of a pod of Kubernetes' with this uid. The directory of all
+    /// such pods goes with the last.
+    ///
+    /// # Errors
+    ///
+    /// If there is no cgroup v2 tree or the directory can't be made.
+    pub fn of_kubernetes(uid: &str) -> Result<Self> {
+        require_root()?;
+        let path = Self::mount()?.join(KUBEPODS).join(format!("pod{uid}"));
+        // Another test's last pod may go at the same moment.
+        wait_until(
+            "the directory of pods is there",
+            Duration::from_secs(5),
+            || match fs::create_dir_all(&path) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+                result => result
+                    .map(Some)
+                    .with_context(|| format!("make cgroup {}", path.display())),
+            },
+        )?;
         Ok(Self { path })
     }
 
@@ -133,6 +159,12 @@ impl Drop for Cgroup {
     fn drop(&mut self) {
         if let Err(error) = self.remove() {
             eprintln!("cgroup {} stays behind: {error:#}", self.path.display());
+        }
+        if let Some(parent) = self.path.parent()
+            && parent.ends_with(KUBEPODS)
+        {
+            // Others may have theirs in it.
+            let _ = fs::remove_dir(parent);
         }
     }
 }

@@ -46,7 +46,9 @@ impl Daemon {
     ///
     /// If it doesn't start.
     pub fn start(cli: &Cli, settings: &str) -> Result<Self> {
-        Self::start_in(cli, settings, false)
+        let mut daemon = Self::prepare(cli, settings)?;
+        daemon.restart(cli)?;
+        Ok(daemon)
     }
 
     /// Starts one in a mount namespace of its own.
@@ -55,17 +57,25 @@ impl Daemon {
     ///
     /// If it doesn't start.
     pub fn start_apart(cli: &Cli, settings: &str) -> Result<Self> {
-        Self::start_in(cli, settings, true)
+        let mut daemon = Self::prepare(cli, settings)?;
+        daemon.apart = true;
+        daemon.restart(cli)?;
+        Ok(daemon)
     }
 
-    fn start_in(cli: &Cli, settings: &str, apart: bool) -> Result<Self> {
+    /// Makes all that one needs, and doesn't start it.
+    ///
+    /// # Errors
+    ///
+    /// If something can't be made.
+    pub fn prepare(cli: &Cli, settings: &str) -> Result<Self> {
         let directory = tempfile::tempdir()?;
         fs::create_dir(directory.path().join("pods"))?;
-        let mut daemon = Self {
+        let daemon = Self {
             process: None,
             directory,
             pins: cli.pins().to_owned(),
-            apart,
+            apart: false,
             program: None,
         };
         fs::write(
@@ -78,7 +88,6 @@ impl Daemon {
                 daemon.pins.display(),
             ),
         )?;
-        daemon.restart(cli)?;
         Ok(daemon)
     }
 
@@ -117,8 +126,17 @@ impl Daemon {
     ///
     /// If it doesn't start.
     pub fn restart(&mut self, cli: &Cli) -> Result<()> {
+        self.restart_until(cli, |status| status.ready)
+    }
+
+    /// Starts it, and waits until its status is as it should be.
+    ///
+    /// # Errors
+    ///
+    /// If it doesn't start.
+    pub fn restart_until(&mut self, cli: &Cli, good: impl Fn(&DaemonStatus) -> bool) -> Result<()> {
         self.restart_soon(cli)?;
-        self.wait_until_ready()
+        self.wait_until(good)
     }
 
     /// Waits until one that was started is ready.
@@ -127,11 +145,15 @@ impl Daemon {
     ///
     /// If it ends instead, or doesn't get there.
     pub fn wait_until_ready(&mut self) -> Result<()> {
-        let result = wait_until("the daemon is ready", LIMIT, || {
+        self.wait_until(|status| status.ready)
+    }
+
+    fn wait_until(&mut self, good: impl Fn(&DaemonStatus) -> bool) -> Result<()> {
+        let result = wait_until("the daemon has started", LIMIT, || {
             if let Some(status) = self.process()?.try_wait()? {
                 bail!("the daemon ended: {status}");
             }
-            Ok(self.status().ok().filter(|status| status.ready).map(|_| ()))
+            Ok(self.status().ok().filter(&good).map(|_| ()))
         });
         result.with_context(|| self.log())
     }

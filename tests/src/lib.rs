@@ -17,6 +17,7 @@ pub mod interception;
 pub mod interpreter;
 pub mod intruder;
 pub mod iptables;
+pub mod kubernetes;
 pub mod mesh;
 pub mod netns;
 pub mod pod;

@@ -87,9 +87,23 @@ impl Pod {
     /// If a namespace, the cable or the cgroup can't be made.
     pub fn below(cgroup: &str) -> Result<Self> {
         let name = unique_name("interceptor-pod");
+        let cgroup = Cgroup::new(&format!("{cgroup}/{name}"))?;
+        Self::of(&name, cgroup)
+    }
+
+    /// The same, with the cgroup that the kubelet makes for a pod with this uid.
+    ///
+    /// # Errors
+    ///
+    /// If a namespace, the cable or the cgroup can't be made.
+    pub fn of_kubernetes(uid: &str) -> Result<Self> {
+        Self::of(&unique_name("interceptor-pod"), Cgroup::of_kubernetes(uid)?)
+    }
+
+    fn of(name: &str, cgroup: Cgroup) -> Result<Self> {
         let pod = Self {
-            cgroup: Cgroup::new(&format!("{cgroup}/{name}"))?,
-            netns: Netns::new(&name)?,
+            cgroup,
+            netns: Netns::new(name)?,
             peer: Netns::new(&format!("{name}-peer"))?,
         };
         for netns in [&pod.netns, &pod.peer] {

@@ -1418,8 +1418,7 @@ fn an_unprivileged_user_reaches_nothing_of_it() -> Result<()> {
 
     // Where everyone may read it. The directory of the daemon under test is opened, so
     // that only its own modes are in the way.
-    let open =
-        |path: &Path| fs::set_permissions(path, fs::Permissions::from_mode(0o755));
+    let open = |path: &Path| fs::set_permissions(path, fs::Permissions::from_mode(0o755));
     let directory = tempfile::tempdir()?;
     open(directory.path())?;
     let program = directory.path().join("intruder");

@@ -27,6 +27,8 @@ pub(crate) const PARITY: &str = "parity";
 const DAEMON: &str = "daemon";
 /// The suite that kills the daemon, and replaces it by another build.
 pub(crate) const CRASHES: &str = "crashes";
+/// The suite of the node's daemon and the Kubernetes API.
+const KUBERNETES: &str = "kubernetes";
 /// The suite of the node's daemon and podman's pods, which no virtual machine has.
 const PODMAN: &str = "podman";
 
@@ -62,7 +64,7 @@ enum Which {
     Pod,
     /// Only the suite that compares Interceptor with the mesh's own chains
     Parity,
-    /// Those of the node's daemon, also with podman's pods
+    /// Those of the node's daemon, also with the Kubernetes API and podman's pods
     Daemon,
     /// All of them
     All,
@@ -85,7 +87,9 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         Which::Parity => return parity(args),
         Which::Unit => Vec::new(),
         Which::Pod => pod_suites()?,
-        Which::Daemon => [DAEMON, CRASHES, PODMAN].map(str::to_owned).to_vec(),
+        Which::Daemon => [DAEMON, CRASHES, KUBERNETES, PODMAN]
+            .map(str::to_owned)
+            .to_vec(),
         Which::All => pod_suites()?
             .into_iter()
             .chain([PODMAN, PARITY].map(str::to_owned))

@@ -55,7 +55,9 @@ fn config(args: Args, pins: Option<PathBuf>) -> anyhow::Result<Config> {
 }
 
 fn start_log(config: &Config) -> anyhow::Result<()> {
-    let filter = config.options.log.as_deref().unwrap_or("info");
+    // The client of the Kubernetes API would say all failures twice.
+    let filter = config.options.log.as_deref();
+    let filter = filter.unwrap_or("info,kube_client=off");
     let filter = EnvFilter::builder()
         .parse(filter)
         .with_context(|| format!("--log `{filter}`"))?;

@@ -55,6 +55,26 @@ pub struct Options {
     #[arg(long, value_name = "PATH", env = "INTERCEPTOR_CGROUP_PARENT")]
     pub cgroup_parent: Option<PathBuf>,
 
+    /// Whether the Kubernetes API is asked for the pods of this node.
+    #[arg(
+        long,
+        value_name = "BOOL",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true",
+        env = "INTERCEPTOR_KUBERNETES"
+    )]
+    pub kubernetes: Option<bool>,
+
+    /// This node's name in Kubernetes.
+    #[arg(long, value_name = "NAME", env = "NODE_NAME")]
+    pub node_name: Option<String>,
+
+    /// Where the Kubernetes API is, and who asks it; if not given, what Kubernetes tells the pod
+    /// in which the daemon runs.
+    #[arg(long, value_name = "FILE", env = "INTERCEPTOR_KUBECONFIG")]
+    pub kubeconfig: Option<PathBuf>,
+
     /// Which pods are attached.
     #[arg(long, value_name = "WHICH", env = "INTERCEPTOR_SELECT")]
     pub select: Option<Select>,
@@ -155,6 +175,9 @@ impl Options {
             pods: self.pods.or(file.pods),
             cgroups: self.cgroups.or(file.cgroups),
             cgroup_parent: self.cgroup_parent.or(file.cgroup_parent),
+            kubernetes: self.kubernetes.or(file.kubernetes),
+            node_name: self.node_name.or(file.node_name),
+            kubeconfig: self.kubeconfig.or(file.kubeconfig),
             select: self.select.or(file.select),
             exclude_namespaces: self.exclude_namespaces.or(file.exclude_namespaces),
             on_failure: self.on_failure.or(file.on_failure),
@@ -182,6 +205,39 @@ impl Options {
         match &self.settings {
             Some(table) => overlay(base, table),
             None => Ok(base),
+        }
+    }
+
+    /// This node's name, if the Kubernetes API is to be asked.
+    ///
+    /// # Errors
+    ///
+    /// If there is none, or it can't be a node's.
+    pub(crate) fn kubernetes_node(&self) -> Result<Option<&str>> {
+        if self.kubernetes != Some(true) {
+            return match &self.kubeconfig {
+                Some(path) => Err(Error::setting(
+                    "kubeconfig",
+                    path.display(),
+                    "is of no use without `kubernetes = true` or --kubernetes",
+                )),
+                None => Ok(None),
+            };
+        }
+        let name = self.node_name.as_deref().unwrap_or_default();
+        // A DNS name (RFC 1123), as Kubernetes has it: it becomes a part of a selector.
+        let valid = (1..=253).contains(&name.len())
+            && name.bytes().all(|byte| {
+                byte.is_ascii_lowercase() || byte.is_ascii_digit() || matches!(byte, b'-' | b'.')
+            });
+        if valid {
+            Ok(Some(name))
+        } else {
+            Err(Error::setting(
+                "node-name",
+                name,
+                "is no node's name: with kubernetes, give this node's by --node-name or NODE_NAME",
+            ))
         }
     }
 
@@ -280,6 +336,30 @@ mod tests {
             settings.excluded_inbound_ports,
             Settings::of(Profile::Cni).excluded_inbound_ports
         );
+    }
+
+    #[test]
+    fn kubernetes_needs_the_nodes_name() {
+        let of = |text: &str| -> Result<Option<String>> {
+            let options: Options = toml::from_str(text).unwrap();
+            Ok(options.kubernetes_node()?.map(str::to_owned))
+        };
+        assert_eq!(of("node-name = 'n'").unwrap(), None);
+        assert_eq!(of("kubernetes = false").unwrap(), None);
+        assert_eq!(
+            of("kubernetes = true\nnode-name = 'node-1.example'").unwrap(),
+            Some("node-1.example".to_owned())
+        );
+        for text in [
+            "kubernetes = true",
+            "kubernetes = true\nnode-name = ''",
+            "kubernetes = true\nnode-name = 'a,metadata.name=b'",
+        ] {
+            let error = of(text).unwrap_err().to_string();
+            assert!(error.contains("NODE_NAME"), "{error}");
+        }
+        let error = of("kubeconfig = '/k'").unwrap_err().to_string();
+        assert!(error.contains("--kubernetes"), "{error}");
     }
 
     #[test]

@@ -250,7 +250,8 @@ pub(crate) async fn serve(
                 } else {
                     (
                         StatusCode::SERVICE_UNAVAILABLE,
-                        "looking at the pods that are there\n",
+                        "looking at the pods that are there, or waiting for the Kubernetes API \
+                         server to tell of them\n",
                     )
                 }
             }),

@@ -6,6 +6,7 @@
 //! publishes.
 
 mod look;
+pub(crate) mod rules;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -21,7 +22,10 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 use tracing::{debug, error, info, warn};
 
-use self::look::{Target, Why};
+use self::{
+    look::{Target, Why},
+    rules::Told,
+};
 use super::{
     config::{Config, OnFailure, RESYNC, Select, overlay},
     metrics::Metrics,
@@ -29,6 +33,7 @@ use super::{
     sources::{
         cgroups::{self, Sighting},
         directory::PodFile,
+        kubernetes::{self, KubernetesPod},
     },
 };
 use crate::{
@@ -49,6 +54,8 @@ use crate::{
 pub(crate) enum Message {
     /// Somebody asks.
     Asked(Request, oneshot::Sender<Answer>),
+    /// A pod gets its network, and this is what the Kubernetes API says of it.
+    Added(CniPod, Result<Arc<KubernetesPod>>, oneshot::Sender<Answer>),
     /// A source tells of all its pods.
     Listing(Listing),
     /// Something has happened in network namespaces.
@@ -64,6 +71,8 @@ pub(crate) enum Listing {
     Directory(BTreeMap<String, Result<PodFile, String>>),
     /// Of the cgroup tree.
     Cgroups(Vec<Sighting>),
+    /// Of the Kubernetes API.
+    Kubernetes(kubernetes::Pods),
 }
 
 /// Who told of a pod.
@@ -72,6 +81,7 @@ enum Source {
     Cni,
     Cgroups,
     Directory,
+    Kubernetes,
     /// It was attached by hand. The daemon follows its routes, and otherwise leaves
     /// it to the hand.
     Command,
@@ -83,6 +93,7 @@ impl Source {
             Self::Cni => "cni",
             Self::Cgroups => "cgroups",
             Self::Directory => "directory",
+            Self::Kubernetes => "kubernetes",
             Self::Command => "command",
         }
     }
@@ -95,6 +106,7 @@ enum Note {
     Cni { pod: CniPod },
     Cgroups { cgroup: PathBuf },
     Directory { netns: String },
+    Kubernetes { uid: String },
 }
 
 /// What a source wants of a pod.
@@ -107,6 +119,8 @@ enum Wanted {
         id: u64,
     },
     File(Result<PodFile, String>),
+    /// The pod of the API with this uid.
+    Kubernetes(String),
     /// Nothing: it was attached by hand.
     Nothing,
 }
@@ -117,6 +131,7 @@ impl Wanted {
             Self::Cni(_) => Source::Cni,
             Self::Cgroup { .. } => Source::Cgroups,
             Self::File(_) => Source::Directory,
+            Self::Kubernetes(_) => Source::Kubernetes,
             Self::Nothing => Source::Command,
         }
     }
@@ -156,6 +171,16 @@ impl Pod {
             holding: None,
         }
     }
+
+    /// Whether it is attached to a cgroup in which processes are.
+    fn has_processes(&self) -> bool {
+        self.attachment.is_some()
+            && self
+                .cgroup
+                .as_ref()
+                .and_then(|path| Cgroup::open(path).ok())
+                .is_some_and(|cgroup| cgroup.processes().next().is_some())
+    }
 }
 
 /// What may be known at any time.
@@ -163,6 +188,8 @@ impl Pod {
 pub(crate) struct Published {
     /// Whether all that was there at the start has been looked at.
     pub(crate) ready: bool,
+    /// The same, without waiting for anybody outside of this machine.
+    pub(crate) started: bool,
     /// The pods, by name.
     pub(crate) pods: Vec<PodStatus>,
     /// Since when the thread has been at one thing.
@@ -205,6 +232,10 @@ pub(crate) struct Registry {
     /// The id of the cgroup in which pods' cgroups will be made, if there is one.
     parent: Option<PathBuf>,
     sightings: Vec<Sighting>,
+    /// What the Kubernetes API says of the node's pods, as each was when it was first
+    /// told of: what changes later is not looked at, as by the mesh's own plugin.
+    /// None before the API has said anything.
+    kubernetes: Option<kubernetes::Pods>,
     swept: Instant,
 }
 
@@ -214,6 +245,7 @@ impl Registry {
         let awaited = [
             (config.options.pods.is_some(), Source::Directory),
             (config.options.cgroups.is_some(), Source::Cgroups),
+            (config.options.kubernetes == Some(true), Source::Kubernetes),
         ];
         let cgroup_mount = cgroups::mount()?;
         let mut registry = Self {
@@ -230,6 +262,7 @@ impl Registry {
                 .collect(),
             cgroup_mount,
             sightings: Vec::new(),
+            kubernetes: None,
             swept: Instant::now(),
         };
         for pod in datapath::remove_all_leftovers(&registry.config.pins)? {
@@ -258,8 +291,14 @@ impl Registry {
                     // Who asked may be gone.
                     let _: Result<(), Answer> = answer.send(answered);
                 }
+                Some(Message::Added(pod, told, answer)) => {
+                    let answered = self.added(pod, told);
+                    self.publish();
+                    let _: Result<(), Answer> = answer.send(answered);
+                }
                 Some(Message::Listing(Listing::Directory(files))) => self.directory(files),
                 Some(Message::Listing(Listing::Cgroups(sightings))) => self.cgroups(sightings),
+                Some(Message::Listing(Listing::Kubernetes(pods))) => self.kubernetes(pods),
                 Some(Message::Notice(notice)) => self.notice(notice),
                 Some(Message::Stop) | None => {}
             }
@@ -301,9 +340,19 @@ impl Registry {
             .collect();
         *self.view.lock() = Published {
             ready: self.awaited.is_empty(),
+            started: self.has_started(),
             pods,
             busy_since: None,
         };
+    }
+
+    /// Whether the pods that were there have been looked at; those of the Kubernetes
+    /// API don't count, which may not be reached for long, and before the node's own
+    /// services are there.
+    fn has_started(&self) -> bool {
+        self.awaited
+            .iter()
+            .all(|source| *source == Source::Kubernetes)
     }
 
     /// Takes over a pod that is pinned: verifies it, replaces its programs if they
@@ -334,6 +383,7 @@ impl Registry {
                 path: cgroup,
                 id: found.cgroup_id,
             },
+            Some(Ok(Note::Kubernetes { uid })) => Wanted::Kubernetes(uid),
             // The listing says what the file says now.
             Some(Ok(Note::Directory { .. })) => {
                 Wanted::File(Err("its file has not been read yet".to_owned()))
@@ -406,7 +456,7 @@ impl Registry {
             Request::CniDel(attachment) => self.cni_del(&attachment),
             Request::CniCheck(pod) => self.cni_check(&pod),
             Request::CniGc { valid } => self.cni_gc(&valid),
-            Request::CniStatus if self.awaited.is_empty() => Answer::Done,
+            Request::CniStatus if self.has_started() => Answer::Done,
             Request::CniStatus => Answer::Refused {
                 error: "the daemon has just started and looks at the pods that are there"
                     .to_owned(),
@@ -429,49 +479,94 @@ impl Registry {
             Ok(name) => name,
             Err(error) => return refused(&error, false),
         };
-        if let Some(because) = look::left_alone_by_name(&self.config, &pod) {
+        if let Some(because) = rules::left_alone(&self.config.options, Told::Runtime(&pod)) {
             return self.leave_alone(&name, Wanted::Cni(pod), because);
         }
+        self.attach_added(&name, pod)
+    }
+
+    /// A pod gets its network of whose annotations the runtime says nothing; the
+    /// Kubernetes API was asked.
+    fn added(&mut self, mut pod: CniPod, told: Result<Arc<KubernetesPod>>) -> Answer {
+        let name = match look::cni_name(&pod) {
+            Ok(name) => name,
+            Err(error) => return refused(&error, false),
+        };
+        let told = match told {
+            Ok(told) => told,
+            Err(error) => return self.not_added(&name, Wanted::Cni(pod), &error),
+        };
+        pod.annotations = Some(told.annotations.clone());
+        if let Some(because) = rules::left_alone(&self.config.options, Told::Api(&told)) {
+            return self.leave_alone(&name, Wanted::Cni(pod), because);
+        }
+        self.attach_added(&name, pod)
+    }
+
+    fn attach_added(&mut self, name: &PodName, pod: CniPod) -> Answer {
+        let uid = pod.uid.clone();
         let wanted = Wanted::Cni(pod);
-        let attached = self
-            .look(&wanted)
-            .and_then(|target| Ok(self.attach(&name, &wanted, &target)?));
+        let attached = self.look(&wanted).and_then(|target| {
+            self.take_from_kubernetes(uid.as_deref(), target.netns.id())?;
+            Ok(self.attach(name, &wanted, &target)?)
+        });
         match attached {
             Ok(()) => Answer::Attached {
                 pod: name.to_string(),
             },
-            Err(Why::LeftAlone(because)) => self.leave_alone(&name, wanted, because),
-            Err(Why::Failed(error)) => {
-                self.metrics.failed("attach", &error);
-                error!(pod = %name, error = in_one_line(&error), "not attached");
-                let because = in_one_line(&error);
-                let entry = self
-                    .pods
-                    .entry(name.to_string())
-                    .or_insert(Pod::new(wanted));
+            Err(Why::LeftAlone(because)) => self.leave_alone(name, wanted, because),
+            Err(Why::Failed(error)) => self.not_added(name, wanted, &error),
+        }
+    }
+
+    fn not_added(&mut self, name: &PodName, wanted: Wanted, error: &Error) -> Answer {
+        self.metrics.failed("attach", error);
+        error!(pod = %name, error = in_one_line(error), "not attached");
+        let because = in_one_line(error);
+        let entry = self
+            .pods
+            .entry(name.to_string())
+            .or_insert(Pod::new(wanted));
+        if entry.attachment.is_none() {
+            entry.state = PodState::Failed;
+            entry.because = Some(because.clone());
+        }
+        match self.config.options.on_failure.unwrap_or_default() {
+            OnFailure::Fail => {
+                // The runtime gives the pod up: nothing is to be kept.
                 if entry.attachment.is_none() {
-                    entry.state = PodState::Failed;
-                    entry.because = Some(because.clone());
+                    self.pods.remove(name.as_ref());
                 }
-                match self.config.options.on_failure.unwrap_or_default() {
-                    OnFailure::Fail => {
-                        // The runtime gives the pod up: nothing is to be kept.
-                        if entry.attachment.is_none() {
-                            self.pods.remove(name.as_ref());
-                        }
-                        Answer::Refused {
-                            error: because,
-                            again: true,
-                        }
-                    }
-                    OnFailure::Pass => Answer::LeftAlone {
-                        because: format!(
-                            "it could not be attached ({because}) and --on-failure is pass"
-                        ),
-                    },
+                Answer::Refused {
+                    error: because,
+                    again: true,
                 }
             }
+            OnFailure::Pass => Answer::LeftAlone {
+                because: format!("it could not be attached ({because}) and --on-failure is pass"),
+            },
         }
+    }
+
+    /// CNI says when a pod ends, so from its ADD on the pod is CNI's, though the
+    /// Kubernetes API may have told of it first. No application runs in it yet.
+    fn take_from_kubernetes(&mut self, uid: Option<&str>, netns: NetnsId) -> Result<()> {
+        let same: Vec<String> = self
+            .pods
+            .iter()
+            .filter(|(_, pod)| match &pod.wanted {
+                Wanted::Kubernetes(other) => {
+                    uid == Some(other)
+                        || pod
+                            .attachment
+                            .as_ref()
+                            .is_some_and(|known| known.netns == netns)
+                }
+                _ => false,
+            })
+            .map(|(name, _)| name.clone())
+            .collect();
+        same.iter().try_for_each(|name| self.detach(name))
     }
 
     fn leave_alone(&mut self, name: &PodName, wanted: Wanted, because: String) -> Answer {
@@ -547,12 +642,9 @@ impl Registry {
 
     /// Why a pod is left alone, if what CNI says of it is reason enough.
     fn left_alone_by_request(&self, pod: &CniPod) -> Option<String> {
-        look::left_alone_by_name(&self.config, pod).or_else(|| {
+        rules::left_alone(&self.config.options, Told::Runtime(pod)).or_else(|| {
             let netns = Netns::open(pod.netns.to_str()?).ok()?;
-            match Why::host_network() {
-                Why::LeftAlone(because) if netns.is_host() => Some(because),
-                _ => None,
-            }
+            netns.is_host().then(|| rules::HOST_NETWORK.to_owned())
         })
     }
 
@@ -776,6 +868,84 @@ impl Registry {
         }
     }
 
+    fn kubernetes(&mut self, listed: kubernetes::Pods) {
+        self.awaited.remove(&Source::Kubernetes);
+        let mut known = self.kubernetes.take().unwrap_or_default();
+        known.retain(|uid, _| listed.contains_key(uid));
+        for (uid, pod) in listed {
+            known.entry(uid).or_insert(pod);
+        }
+        self.kubernetes = Some(known);
+        self.settle_kubernetes();
+    }
+
+    /// Brings the pods of the Kubernetes API to what it says, and what the cgroup
+    /// tree shows.
+    fn settle_kubernetes(&mut self) {
+        let Some(listed) = &self.kubernetes else {
+            return;
+        };
+        let added: BTreeMap<&str, (&String, &Pod)> = self
+            .pods
+            .iter()
+            .filter_map(|(name, pod)| match &pod.wanted {
+                Wanted::Cni(cni) => Some((cni.uid.as_deref()?, (name, pod))),
+                _ => None,
+            })
+            .collect();
+        let mut wanted = Vec::new();
+        for (uid, pod) in listed {
+            match added.get(&**uid) {
+                // One that was let pass at ADD, because this wasn't known.
+                Some((name, known))
+                    if matches!(&known.wanted, Wanted::Cni(cni) if cni.annotations.is_none())
+                        && known.state == PodState::Failed =>
+                {
+                    wanted.push(((*name).clone(), known.wanted.clone()));
+                }
+                Some(_) => {}
+                None => match look::kubernetes_name(pod) {
+                    Ok(name) => {
+                        wanted.push((name.to_string(), Wanted::Kubernetes(uid.clone())));
+                    }
+                    Err(error) => warn!(error = in_one_line(&error), "a pod without a name"),
+                },
+            }
+        }
+        for (name, wanted) in wanted {
+            let pod = self
+                .pods
+                .entry(name.clone())
+                .or_insert_with(|| Pod::new(wanted.clone()));
+            if pod.attachment.is_none() && pod.wanted == wanted {
+                self.settle(&name);
+            }
+        }
+        self.release();
+    }
+
+    /// Detaches the pods that the Kubernetes API tells of no longer, or as ended, as
+    /// soon as no process is left in them. Until then nothing may pass their proxies,
+    /// whatever was deleted, and however old the list is.
+    fn release(&mut self) {
+        let Some(listed) = &self.kubernetes else {
+            return;
+        };
+        let over: Vec<String> = self
+            .pods
+            .iter()
+            .filter(|(_, pod)| match &pod.wanted {
+                Wanted::Kubernetes(uid) => !listed.contains_key(uid) && !pod.has_processes(),
+                _ => false,
+            })
+            .map(|(name, _)| name.clone())
+            .collect();
+        for name in over {
+            // Tried again with the next change.
+            let _: Result<()> = self.detach(&name);
+        }
+    }
+
     fn cgroups(&mut self, sightings: Vec<Sighting>) {
         self.sightings = sightings;
         self.move_down();
@@ -813,6 +983,7 @@ impl Registry {
                 self.settle(&name);
             }
         }
+        self.settle_kubernetes();
     }
 
     /// Moves those that were attached to a cgroup above their own to their own,
@@ -986,8 +1157,15 @@ impl Registry {
             return;
         }
         debug!(pod = name, "ended");
-        if self.detach(name).is_ok() && wanted.source() == Source::Directory {
-            // As long as there is a file, it may come again.
+        let may_come_again = match &wanted {
+            Wanted::File(_) => true,
+            Wanted::Kubernetes(uid) => self
+                .kubernetes
+                .as_ref()
+                .is_some_and(|listed| listed.contains_key(uid)),
+            _ => false,
+        };
+        if self.detach(name).is_ok() && may_come_again {
             self.pods.insert(name.to_owned(), Pod::new(wanted));
             self.settle(name);
         }
@@ -1083,6 +1261,7 @@ impl Registry {
                     annotated(self.config.options.profile(), settings, &file.annotations)?;
                 Target::of_file(file, settings)
             }
+            Wanted::Kubernetes(uid) => self.look_at_kubernetes(uid),
             Wanted::File(Err(error)) => Err(Why::Failed(Error::setting(
                 "pod file",
                 error,
@@ -1100,7 +1279,9 @@ impl Registry {
         if netns.is_host() {
             return Err(Why::host_network());
         }
-        let settings = match &pod.annotations {
+        let told = self.told_of(pod)?;
+        let annotations = pod.annotations.as_ref();
+        let settings = match annotations.or(told.map(|told| &told.annotations)) {
             Some(annotations) => annotated(
                 self.config.options.profile(),
                 self.config.settings.clone(),
@@ -1112,10 +1293,33 @@ impl Registry {
         Ok(Target::new(cgroup, netns, given.to_owned(), settings))
     }
 
+    /// What the Kubernetes API says of a pod whose annotations the runtime hasn't
+    /// given.
+    fn told_of(&self, pod: &CniPod) -> Result<Option<&KubernetesPod>, Why> {
+        match (&pod.annotations, &pod.uid) {
+            (None, Some(uid)) if self.config.options.kubernetes == Some(true) => {
+                self.told_by_kubernetes(uid).map(Some)
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// What the Kubernetes API says of a pod that is to be attached.
+    fn told_by_kubernetes(&self, uid: &str) -> Result<&KubernetesPod, Why> {
+        let told = self
+            .kubernetes
+            .as_ref()
+            .and_then(|listed| listed.get(uid))
+            .ok_or_else(|| Why::LeftAlone("the Kubernetes API has not told of it".to_owned()))?;
+        match rules::left_alone(&self.config.options, Told::Api(told)) {
+            Some(because) => Err(Why::LeftAlone(because)),
+            None => Ok(told),
+        }
+    }
+
     /// The pod's cgroup, or the one in which it will be made.
     fn cgroup_of_cni(&self, pod: &CniPod) -> Result<Cgroup> {
         if let Some(uid) = &pod.uid
-            && look::is_uid(uid)
             && let Some(path) = cgroups::of_kubernetes(&self.cgroup_mount, uid)
         {
             return Cgroup::open(&path);
@@ -1137,6 +1341,21 @@ impl Registry {
         Cgroup::open(parent)
     }
 
+    fn look_at_kubernetes(&self, uid: &str) -> Result<Target, Why> {
+        let told = self.told_by_kubernetes(uid)?;
+        let Some(path) = cgroups::of_kubernetes(&self.cgroup_mount, uid) else {
+            return Err(Why::LeftAlone("it has no cgroup yet".to_owned()));
+        };
+        let cgroup = Cgroup::open(&path)?;
+        let (pid, netns) = look::netns_of(&cgroup, None)?;
+        let settings = annotated(
+            self.config.options.profile(),
+            self.config.settings.clone(),
+            &told.annotations,
+        )?;
+        Ok(Target::new(cgroup, netns, pid.to_string(), settings))
+    }
+
     fn look_at_cgroup(&self, path: &Path) -> Result<Target, Why> {
         let settings = self.config.settings.clone();
         let cgroup = Cgroup::open(path)?;
@@ -1155,6 +1374,7 @@ fn note(wanted: &Wanted, target: &Target) -> Note {
         Wanted::Cgroup { path, .. } => Note::Cgroups {
             cgroup: path.clone(),
         },
+        Wanted::Kubernetes(uid) => Note::Kubernetes { uid: uid.clone() },
         Wanted::File(_) | Wanted::Nothing => Note::Directory {
             netns: target.given().to_owned(),
         },

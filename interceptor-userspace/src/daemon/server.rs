@@ -25,10 +25,13 @@ use tracing::{debug, warn};
 use super::{
     metrics::Metrics,
     pods::{Message, View, give_memory_back},
+    sources::kubernetes::Kubernetes,
 };
 use crate::{
     Error, Result,
-    api::{Answer, DaemonStatus, MAX_MESSAGE, PodState, Request, from_line, from_pins, to_line},
+    api::{
+        Answer, CniPod, DaemonStatus, MAX_MESSAGE, PodState, Request, from_line, from_pins, to_line,
+    },
     datapath::Pins,
 };
 
@@ -47,6 +50,8 @@ pub(crate) struct Server {
     pub(crate) messages: Sender<Message>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) view: View,
+    /// Who knows the annotations of Kubernetes' pods, where that is asked.
+    pub(crate) kubernetes: Option<Arc<Kubernetes>>,
     pub(crate) status: DaemonStatus,
     pub(crate) started: Instant,
     /// Places for [`READINGS`].
@@ -156,6 +161,7 @@ impl Server {
             Request::View { .. } | Request::Chains { .. } | Request::Connections { .. } => {
                 self.read(request, to).await?
             }
+            Request::CniAdd(pod) => self.add(pod).await,
             request => self.ask(request).await,
         })
     }
@@ -187,13 +193,30 @@ impl Server {
         reading.await.map_err(io::Error::other)
     }
 
+    /// Asks for the pod's annotations first, if the runtime has not given them. Here,
+    /// so that no other request waits for the API server.
+    async fn add(&self, pod: CniPod) -> Answer {
+        let told = match &self.kubernetes {
+            Some(kubernetes) if pod.annotations.is_none() => kubernetes.pod_of(&pod).await,
+            _ => Ok(None),
+        };
+        match told.transpose() {
+            None => self.ask(Request::CniAdd(pod)).await,
+            Some(told) => self.send(|answer| Message::Added(pod, told, answer)).await,
+        }
+    }
+
     async fn ask(&self, request: Request) -> Answer {
+        self.send(|answer| Message::Asked(request, answer)).await
+    }
+
+    async fn send(&self, message: impl FnOnce(oneshot::Sender<Answer>) -> Message) -> Answer {
         let (answer, answered) = oneshot::channel();
         let stopping = || Answer::Refused {
             error: "the daemon stops".to_owned(),
             again: true,
         };
-        if self.messages.send(Message::Asked(request, answer)).is_err() {
+        if self.messages.send(message(answer)).is_err() {
             return stopping();
         }
         answered.await.unwrap_or_else(|_| stopping())

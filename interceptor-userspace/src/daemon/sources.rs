@@ -3,3 +3,4 @@
 
 pub(crate) mod cgroups;
 pub(crate) mod directory;
+pub(crate) mod kubernetes;

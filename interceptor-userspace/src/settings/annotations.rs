@@ -16,6 +16,11 @@ const MODE: &str = "sidecar.istio.io/interceptionMode";
 const STATUS_PORT: &str = "status.sidecar.istio.io/port";
 const VIRTUAL_INTERFACES: &str = "istio.io/reroute-virtual-interfaces";
 
+/// Whether an annotation is one that [`annotated`] reads.
+pub(crate) fn is_read(key: &str) -> bool {
+    key.starts_with(TRAFFIC) || [MODE, STATUS_PORT, VIRTUAL_INTERFACES].contains(&key)
+}
+
 /// Settings with those of a pod's annotations over them. Annotations of other
 /// kinds are somebody else's; a misspelt one of ours is an error.
 ///

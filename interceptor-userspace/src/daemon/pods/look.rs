@@ -1,11 +1,12 @@
-//! Finding a pod's cgroup and network namespace, and what to leave alone.
+//! Finding a pod's cgroup and network namespace.
 
+use super::rules;
 use crate::{
     Error, Result,
     api::CniPod,
-    daemon::{
-        config::{Config, Select},
-        sources::directory::{Namespace, PodFile},
+    daemon::sources::{
+        directory::{Namespace, PodFile},
+        kubernetes::KubernetesPod,
     },
     pod::{PodName, cgroup::Cgroup, netns::Netns},
     settings::Settings,
@@ -22,7 +23,7 @@ pub(crate) enum Why {
 
 impl Why {
     pub(crate) fn host_network() -> Self {
-        Self::LeftAlone("it is on the machine's own network".to_owned())
+        Self::LeftAlone(rules::HOST_NETWORK.to_owned())
     }
 }
 
@@ -150,6 +151,21 @@ pub(crate) fn cgroup_name(path: &std::path::Path, id: u64) -> String {
     format!("{}-{id}", plain(name, 80))
 }
 
+/// The name of a pod that the Kubernetes API tells of.
+///
+/// # Errors
+///
+/// If its uid isn't one.
+pub(crate) fn kubernetes_name(pod: &KubernetesPod) -> Result<PodName> {
+    [
+        plain(&pod.namespace, 24),
+        plain(&pod.name, 24),
+        plain(&pod.uid, 64),
+    ]
+    .join("_")
+    .parse()
+}
+
 /// A text in the letters of pods' names, cut off.
 fn plain(text: &str, most: usize) -> String {
     text.chars()
@@ -159,41 +175,6 @@ fn plain(text: &str, most: usize) -> String {
         })
         .take(most)
         .collect()
-}
-
-/// Whether a text can be a pod's uid: it becomes a part of a path.
-pub(crate) fn is_uid(text: &str) -> bool {
-    (1..=64).contains(&text.len())
-        && text
-            .bytes()
-            .all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
-}
-
-/// Why a pod is left alone that CNI tells of, by what it is called and says.
-pub(crate) fn left_alone_by_name(config: &Config, pod: &CniPod) -> Option<String> {
-    if let Some(namespace) = &pod.namespace
-        && config.options.exclude_namespaces().contains(namespace)
-    {
-        return Some(format!("the namespace {namespace} is excluded"));
-    }
-    let annotation = |name: &str| pod.annotations.as_ref()?.get(name);
-    if annotation("sidecar.istio.io/inject").is_some_and(|inject| inject == "false") {
-        return Some("its annotation sidecar.istio.io/inject is false".to_owned());
-    }
-    if config.options.select.unwrap_or_default() == Select::All {
-        return None;
-    }
-    if pod.annotations.is_none() {
-        return Some(
-            "its annotations aren't known, by which pods with a proxy are told: give \
-             interceptor-cni the capability io.kubernetes.cri.pod-annotations, or the daemon \
-             --select all"
-                .to_owned(),
-        );
-    }
-    annotation("sidecar.istio.io/status")
-        .is_none()
-        .then(|| "it has no proxy: the annotation sidecar.istio.io/status is missing".to_owned())
 }
 
 /// The network namespace of a cgroup's processes, and the process that it was taken
@@ -249,7 +230,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::{api::CniAttachment, daemon::config::Options, datapath::Pins};
+    use crate::api::CniAttachment;
 
     fn pod(container_id: &str) -> CniPod {
         CniPod {
@@ -304,47 +285,5 @@ mod tests {
                 prop_assert!(name.as_ref().parse::<PodName>().is_ok());
             }
         }
-
-        #[test]
-        fn no_uid_leads_out_of_its_directory(uid in ".{0,80}") {
-            if is_uid(&uid) {
-                prop_assert!(!uid.contains(['/', '.']));
-            }
-        }
-    }
-
-    #[test]
-    fn who_is_left_alone_is_told_why() {
-        let config = |select| Config {
-            options: Options {
-                select: Some(select),
-                ..Options::default()
-            },
-            pins: Pins::at("/"),
-            settings: Settings::default(),
-        };
-        let with = |annotations: &[(&str, &str)]| CniPod {
-            annotations: Some(
-                annotations
-                    .iter()
-                    .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
-                    .collect(),
-            ),
-            ..pod("a")
-        };
-        let injected = config(Select::Injected);
-        let why = |pod: &CniPod| left_alone_by_name(&injected, pod);
-        assert!(why(&pod("a")).unwrap().contains("aren't known"));
-        assert!(why(&with(&[])).unwrap().contains("no proxy"));
-        let status = ("sidecar.istio.io/status", "{}");
-        assert_eq!(why(&with(&[status])), None);
-        let off = ("sidecar.istio.io/inject", "false");
-        assert!(why(&with(&[status, off])).unwrap().contains("inject"));
-        let system = CniPod {
-            namespace: Some("kube-system".to_owned()),
-            ..with(&[status])
-        };
-        assert!(why(&system).unwrap().contains("kube-system"));
-        assert_eq!(left_alone_by_name(&config(Select::All), &pod("a")), None);
     }
 }

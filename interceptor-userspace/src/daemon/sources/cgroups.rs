@@ -48,6 +48,9 @@ impl FromStr for Pattern {
     }
 }
 
+/// What stands for the pods of Kubernetes.
+pub(crate) const OF_KUBERNETES: &str = "kubepods";
+
 /// The paths of pods under Kubernetes: with the runtime's cgroup driver
 /// `cgroupfs`, then with `systemd`; guaranteed, burstable and best-effort ones.
 const KUBEPODS: [&str; 6] = [
@@ -74,14 +77,25 @@ const PODMAN: [&str; 3] = [
 /// If it is no pattern.
 pub fn patterns(text: &str) -> Result<Vec<Pattern>> {
     match text {
-        "kubepods" => KUBEPODS.iter().copied().map(str::parse).collect(),
+        OF_KUBERNETES => KUBEPODS.iter().copied().map(str::parse).collect(),
         "podman" => PODMAN.iter().copied().map(str::parse).collect(),
         own => own.parse().map(|pattern| vec![pattern]),
     }
 }
 
+/// Whether a text can be a pod's uid: it becomes a part of a path.
+pub(crate) fn is_uid(text: &str) -> bool {
+    (1..=64).contains(&text.len())
+        && text
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
+}
+
 /// The cgroup of the Kubernetes pod with this uid, if it is there.
 pub(crate) fn of_kubernetes(mount: &Path, uid: &str) -> Option<PathBuf> {
+    if !is_uid(uid) {
+        return None;
+    }
     KUBEPODS.iter().find_map(|pattern| {
         // systemd's names take no `-`.
         let uid = if pattern.ends_with(".slice") {
@@ -266,6 +280,8 @@ pub(crate) fn mount() -> Result<PathBuf> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -324,6 +340,17 @@ mod tests {
         assert_eq!(of_kubernetes(mount.path(), "5"), None);
         let pod = &listing[1];
         assert_eq!(pod.names, ["container", "pod1"], "{:?}", pod.path);
+    }
+
+    proptest! {
+        #[test]
+        fn no_uid_leads_out_of_its_directory(uid in ".{0,80}") {
+            if is_uid(&uid) {
+                prop_assert!(!uid.contains(['/', '.']));
+            } else {
+                prop_assert_eq!(of_kubernetes(Path::new("/"), &uid), None);
+            }
+        }
     }
 
     #[test]
