@@ -553,10 +553,11 @@ fn killed_a_hundred_times_the_node_is_whole_and_no_connection_is_misdirected() -
         parts.insert(operation, order);
     }
     let mut left: BTreeMap<(Operation, Left), usize> = BTreeMap::new();
-    for round in 0..rounds {
+    for _ in 0..rounds {
         for operation in Operation::ALL {
             let within: f64 = random.random_range(0.0..1.0);
-            let part = parts[&operation][round] as f64 + within;
+            let part = parts.get_mut(&operation).and_then(Vec::pop);
+            let part = part.context("one for each round")? as f64 + within;
             let moment = durations[&operation].mul_f64(part / rounds as f64);
             let context = || format!("{operation:?}, killed after {moment:?}, CRASH_SEED={seed}");
             let is = node.kill(operation, moment).with_context(context)?;
