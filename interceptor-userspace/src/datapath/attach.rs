@@ -5,6 +5,8 @@ use std::{
     fs, io,
     os::fd::{AsFd as _, BorrowedFd},
     path::Path,
+    thread,
+    time::Duration,
 };
 
 use aya::maps::{Array, LpmTrie, MapData, PerCpuArray, PerCpuValues, lpm_trie::Key};
@@ -195,6 +197,10 @@ pub(crate) fn remove_leftovers(pins: &Pins, pod: &PodName) -> Result<()> {
     Ok(())
 }
 
+/// How long connections that were just redirected, outbound and then inbound ones, have
+/// to reach the proxy and be asked about.
+const ON_THE_WAY: Duration = Duration::from_millis(50);
+
 /// Detaches what is pinned in `directory` and removes it. May be interrupted
 /// and begun again.
 fn take_apart(pod: &PodName, directory: &Path) -> Result<()> {
@@ -202,6 +208,7 @@ fn take_apart(pod: &PodName, directory: &Path) -> Result<()> {
     let opened = Opened::open(pod, directory)
         .or_else(|_| Opened::open_attachment(pod, directory))
         .ok();
+    let proxy_runs = opened.as_ref().is_some_and(Opened::has_listeners);
     // First what redirects, last what redirected connections need.
     for hook in all_hooks().rev() {
         // Where it was being moved to another cgroup, there may be two.
@@ -217,6 +224,9 @@ fn take_apart(pod: &PodName, directory: &Path) -> Result<()> {
                 }
                 _ => {}
             }
+        }
+        if proxy_runs && ["connect4", "find_listener"].contains(&hook.program) {
+            thread::sleep(ON_THE_WAY);
         }
     }
     if let Some(opened) = opened

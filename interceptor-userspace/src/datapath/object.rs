@@ -97,14 +97,14 @@ const fn hook(
 }
 
 /// The programs, in the order in which they are attached: connections are
-/// redirected when all that they need is there. Detaching goes the other way.
+/// redirected when all that they and the proxy need is there. Detaching goes the other way.
 #[rustfmt::skip]
 pub(crate) static LINKS: [Hook; 7] = [
     hook("sock_ops", BPF_PROG_TYPE_SOCK_OPS, BPF_CGROUP_SOCK_OPS),
-    hook("find_listener", BPF_PROG_TYPE_SK_LOOKUP, BPF_SK_LOOKUP),
     hook("getsockopt", BPF_PROG_TYPE_CGROUP_SOCKOPT, BPF_CGROUP_GETSOCKOPT),
     hook("getpeername4", BPF_PROG_TYPE_CGROUP_SOCK_ADDR, BPF_CGROUP_INET4_GETPEERNAME),
     hook("getpeername6", BPF_PROG_TYPE_CGROUP_SOCK_ADDR, BPF_CGROUP_INET6_GETPEERNAME),
+    hook("find_listener", BPF_PROG_TYPE_SK_LOOKUP, BPF_SK_LOOKUP),
     hook("connect4", BPF_PROG_TYPE_CGROUP_SOCK_ADDR, BPF_CGROUP_INET4_CONNECT),
     hook("connect6", BPF_PROG_TYPE_CGROUP_SOCK_ADDR, BPF_CGROUP_INET6_CONNECT),
 ];

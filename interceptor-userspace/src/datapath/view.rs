@@ -441,6 +441,12 @@ impl Opened {
             .collect()
     }
 
+    /// Whether the proxy listens.
+    pub(crate) fn has_listeners(&self) -> bool {
+        self.all_listeners()
+            .is_ok_and(|listeners| listeners.outbound + listeners.inbound > 0)
+    }
+
     fn all_listeners(&self) -> Result<ListenerView> {
         Ok(ListenerView {
             outbound: self.listeners(ProxyPort::Outbound)?,
