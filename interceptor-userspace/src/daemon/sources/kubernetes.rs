@@ -33,7 +33,7 @@ use crate::{
     daemon::{
         config::Options,
         metrics::Metrics,
-        pods::{Listing, Message, rules},
+        pods::{Listing, Message, give_memory_back, rules},
         sources::cgroups,
     },
     error::in_one_line,
@@ -63,6 +63,9 @@ const LIMITS: Limits = Limits {
         Duration::from_secs(30),
     ),
 };
+
+/// How long changes are gathered: many pods may start at once.
+const GATHER: Duration = Duration::from_millis(20);
 
 /// For how many seconds the server is asked to go on with a watch; less than 295,
 /// says kube.
@@ -202,6 +205,7 @@ impl Kubernetes {
             let (version, pods) = listed.inspect_err(|error| self.failed("list", error))?;
             *lock(&self.pods) = pods;
             self.tell(messages);
+            give_memory_back();
             (watching.version, watching.listed) = (Some(version), true);
         }
         let result = self.follow(watching, messages).await;
@@ -268,26 +272,31 @@ impl Kubernetes {
             .map_err(failed)?;
         watching.goes_on();
         let mut events = pin!(events);
-        loop {
-            let event = timeout_at(end, events.try_next())
-                .await
-                .map_err(|_| late(OPERATION))?;
-            match event {
-                Ok(None) => return Ok(()),
-                Ok(Some(event)) => {
-                    if self.apply(event, watching)? {
-                        self.tell(messages);
-                    }
-                }
-                Err(kube::Error::SerdeError(error)) => {
+        // When what has changed is told, if something has.
+        let mut tell_at = None;
+        let result = loop {
+            match timeout_at(tell_at.unwrap_or(end), events.try_next()).await {
+                Err(_) if tell_at.take().is_some() => self.tell(messages),
+                Err(_) => break Err(late(OPERATION)),
+                Ok(Ok(None)) => break Ok(()),
+                Ok(Ok(Some(event))) => match self.apply(event, watching) {
+                    Ok(true) => tell_at = tell_at.or_else(|| Some(Instant::now() + GATHER)),
+                    Ok(false) => {}
+                    Err(error) => break Err(error),
+                },
+                Ok(Err(kube::Error::SerdeError(error))) => {
                     // Which pod it was about nobody knows.
                     self.unreadable("watch", error.to_string());
                     watching.version = None;
-                    return Ok(());
+                    break Ok(());
                 }
-                Err(error) => return Err(failed(error)),
+                Ok(Err(error)) => break Err(failed(error)),
             }
+        };
+        if tell_at.is_some() {
+            self.tell(messages);
         }
+        result
     }
 
     /// Takes over what an event says; returns whether that changes something.
