@@ -852,7 +852,7 @@ fn many_pods_take_little_memory() -> Result<()> {
     let listed = memory()?;
     // Of the 5 MB of text nothing is kept, but what an allocator does.
     ensure!(
-        watched < before + 10240 && listed < before + 20480,
+        watched < before + 6144 && listed < before + 12288,
         "{before} KiB, {watched} after all were watched, {listed} after they were listed"
     );
     Ok(())

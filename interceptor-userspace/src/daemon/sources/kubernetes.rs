@@ -276,7 +276,7 @@ impl Kubernetes {
         let mut tell_at = None;
         let result = loop {
             match timeout_at(tell_at.unwrap_or(end), events.try_next()).await {
-                Err(_) if tell_at.take().is_some() => self.tell(messages),
+                Err(_) if tell_at.is_some() => {}
                 Err(_) => break Err(late(OPERATION)),
                 Ok(Ok(None)) => break Ok(()),
                 Ok(Ok(Some(event))) => match self.apply(event, watching) {
@@ -291,6 +291,10 @@ impl Kubernetes {
                     break Ok(());
                 }
                 Ok(Err(error)) => break Err(failed(error)),
+            }
+            if tell_at.is_some_and(|at| at <= Instant::now()) {
+                tell_at = None;
+                self.tell(messages);
             }
         };
         if tell_at.is_some() {
