@@ -112,7 +112,8 @@ pub fn name(id: Id) -> io::Result<String> {
         Kind::Map => map_info(fd.as_fd())?.name,
         Kind::Link => return Err(io::Error::other("a link has no name")),
     };
-    let bytes = name.map(libc::c_char::cast_unsigned);
+    // A `char` has a sign on some machines.
+    let bytes = name.map(|byte| byte.to_ne_bytes()[0]);
     let name = CStr::from_bytes_until_nul(&bytes).map_err(io::Error::other)?;
     Ok(name.to_string_lossy().into_owned())
 }
