@@ -228,6 +228,27 @@ pub fn items(text: &str) -> impl Iterator<Item = &str> {
         .filter(|item| !item.is_empty())
 }
 
+/// Checks the names of excluded interfaces.
+///
+/// # Errors
+///
+/// If there are too many, or one can't be an interface's.
+fn check_interfaces(names: &[String]) -> Result<()> {
+    at_most("exclude-interfaces", names.len(), MAX_INTERFACES)?;
+    for name in names {
+        // IFNAMSIZ is 16, with the zero at its end.
+        let fits = (1..16).contains(&name.len());
+        if !fits || name.contains(['/', ' ', '!']) || name.contains(char::is_whitespace) {
+            return Err(Error::setting(
+                "exclude-interfaces",
+                name,
+                "is no interface's name: give 1 to 15 characters without `/` and spaces",
+            ));
+        }
+    }
+    Ok(())
+}
+
 /// Reads a list of ports.
 ///
 /// # Errors
@@ -498,22 +519,7 @@ impl Settings {
         if let Dns::Servers(servers) = &self.dns {
             at_most("dns", servers.len(), MAX_CIDRS)?;
         }
-        at_most(
-            "exclude-interfaces",
-            self.excluded_interfaces.len(),
-            MAX_INTERFACES,
-        )?;
-        for name in &self.excluded_interfaces {
-            // IFNAMSIZ is 16, with the zero at its end.
-            let fits = (1..16).contains(&name.len());
-            if !fits || name.contains(['/', ' ', '!']) || name.contains(char::is_whitespace) {
-                return Err(Error::setting(
-                    "exclude-interfaces",
-                    name,
-                    "is no interface's name: give 1 to 15 characters without `/` and spaces",
-                ));
-            }
-        }
+        check_interfaces(&self.excluded_interfaces)?;
         if !self.loopback_cidr.addr().is_loopback() || self.loopback_cidr.prefix_len() < 8 {
             return Err(Error::setting(
                 "loopback-cidr",

@@ -2,7 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use super::{Dns, PortRange, Profile, Settings, port_list, refuse_virtual_interfaces};
+use super::{
+    Dns, PortRange, Profile, Settings, check_interfaces, items, port_list,
+    refuse_virtual_interfaces,
+};
 use crate::{Error, Result};
 
 /// The inbound ports that the CNI plugin never captures.
@@ -62,7 +65,9 @@ pub fn annotated(
                     settings.excluded_outbound_cidrs = super::cidr_list(value).map_err(in_value)?;
                 }
                 "excludeInterfaces" => {
-                    settings.excluded_interfaces = super::items(value).map(str::to_owned).collect();
+                    let names: Vec<String> = items(value).map(str::to_owned).collect();
+                    check_interfaces(&names).map_err(in_value)?;
+                    settings.excluded_interfaces = names;
                 }
                 "kubevirtInterfaces" => refuse_virtual_interfaces(value)?,
                 _ => {
