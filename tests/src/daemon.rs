@@ -23,7 +23,7 @@ use tempfile::TempDir;
 use crate::{cli::Cli, command::wait_until, pod::Pod};
 
 /// How long anything may take that the daemon does.
-pub const LIMIT: Duration = Duration::from_secs(20);
+pub const LIMIT: Duration = Duration::from_secs(60);
 
 /// A daemon, and where it is told of pods. When dropped it is killed.
 #[derive(Debug)]

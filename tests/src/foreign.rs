@@ -237,13 +237,7 @@ impl Steering {
 
 /// One element, with a 4 byte key and an 8 byte value.
 fn create_map(kind: u32) -> Result<OwnedFd> {
-    // Before Linux 5.11 it counts as locked memory.
-    setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY)
-        .or_else(|_| {
-            let (_, most) = getrlimit(Resource::RLIMIT_MEMLOCK)?;
-            setrlimit(Resource::RLIMIT_MEMLOCK, most, most)
-        })
-        .context("raise the limit of locked memory")?;
+    raise_locked_memory().context("raise the limit of locked memory")?;
     let mut attr = zeroed();
     attr.__bindgen_anon_1.map_type = kind;
     attr.__bindgen_anon_1.key_size = 4;
@@ -258,6 +252,7 @@ fn load(
     attach_type: bpf_attach_type,
     instructions: &[u64],
 ) -> io::Result<OwnedFd> {
+    raise_locked_memory()?;
     let mut attr = zeroed();
     attr.__bindgen_anon_3.prog_type = program_type;
     attr.__bindgen_anon_3.expected_attach_type = match attach_type {
@@ -274,6 +269,16 @@ fn load(
         *place = libc::c_char::from_ne_bytes([byte]);
     }
     bpf_fd(bpf_cmd::BPF_PROG_LOAD, &mut attr)
+}
+
+/// Before Linux 5.11 maps and programs count as locked memory.
+fn raise_locked_memory() -> io::Result<()> {
+    let resource = Resource::RLIMIT_MEMLOCK;
+    setrlimit(resource, RLIM_INFINITY, RLIM_INFINITY).or_else(|_| {
+        let (_, most) = getrlimit(resource)?;
+        setrlimit(resource, most, most)
+    })?;
+    Ok(())
 }
 
 // Instructions (linux/bpf.h): code, registers, offset, number.

@@ -91,7 +91,8 @@ impl ApiServer {
             store: Arc::new(Store::new()),
             directory,
         };
-        server.set_token("first")?;
+        server.want_token("first");
+        server.write_token("first")?;
         server.resume()?;
         let kubeconfig = json!({
             "apiVersion": "v1",
@@ -146,16 +147,19 @@ impl ApiServer {
         Ok(())
     }
 
-    /// From now on nobody else is answered. The daemon's file has it.
+    /// From now on nobody is answered who comes with another token.
+    pub fn want_token(&self, token: &str) {
+        self.store
+            .change(|known| token.clone_into(&mut known.token));
+    }
+
+    /// Writes the daemon's file.
     ///
     /// # Errors
     ///
-    /// If the file can't be written.
-    pub fn set_token(&self, token: &str) -> Result<()> {
-        fs::write(self.directory.path().join("token"), token)?;
-        self.store
-            .change(|known| token.clone_into(&mut known.token));
-        Ok(())
+    /// If it can't be written.
+    pub fn write_token(&self, token: &str) -> Result<()> {
+        fs::write(self.directory.path().join("token"), token).context("write the token")
     }
 
     /// Makes or changes a pod.

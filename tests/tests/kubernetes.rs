@@ -617,10 +617,11 @@ fn whatever_becomes_of_the_watch_nothing_is_lost() -> Result<()> {
     wait_until_counted(&daemon, "watch", "Expired")?;
 
     // Another token: the file is read anew.
-    server.set_token("second")?;
+    server.want_token("second");
     server.cut();
-    appears(&daemon, &server, "after-token")?;
     wait_until_counted(&daemon, "watch", "Unauthorized")?;
+    server.write_token("second")?;
+    appears(&daemon, &server, "after-token")?;
 
     // Refused for a while.
     server.fail(Some(Failure::Refuse(500)));
@@ -845,7 +846,7 @@ fn many_pods_take_little_memory() -> Result<()> {
             .filter(|asked| asked.contains("pods?") && !asked.contains("watch=true"))
             .count()
     };
-    wait_until("all are listed", LIMIT, || Ok((lists() == 2).then_some(())))?;
+    wait_until("all are listed", LIMIT, || Ok((lists() > 1).then_some(())))?;
     let last = uid();
     server.put(pod("last", &last));
     wait_until_said(&daemon, &known_as("last", &last), "no cgroup")?;

@@ -1473,6 +1473,8 @@ fn open_mptcp<'a>(agent: &'a Agent, owner: Credentials, to: &SocketAddr) -> Resu
 /// IPv6 link-local addresses that are the same in every pod.
 fn with_link_local_addresses(pod: &Pod) -> Result<()> {
     for (netns, address) in [(pod.peer(), "fe80::77:1"), (pod.netns(), "fe80::77:2")] {
+        // The kernel's own may come late: then it doesn't come.
+        netns.sysctl("ipv6/conf/eth0/addr_gen_mode", "1")?;
         netns.ip("-6 addr flush dev eth0 scope link")?;
         netns.ip(&format!("-6 addr add {address}/64 dev eth0"))?;
     }

@@ -5,7 +5,7 @@
 //! walked once and left where they lie: libraries make an object of each, which
 //! takes several times as long as all the rest of attaching a pod.
 
-use std::{collections::BTreeMap, fs, io};
+use std::{collections::BTreeMap, fs, io, sync::OnceLock};
 
 use bytemuck::{AnyBitPattern, Pod, Zeroable};
 
@@ -88,22 +88,32 @@ const fn missing(what: String) -> Error {
 const SK_LOOKUP: &str = "bpf_sk_lookup";
 
 impl Offsets {
-    /// Reads them from the running kernel.
+    /// Those of the running kernel, which doesn't change: they are read once.
     ///
     /// # Errors
     ///
     /// If the kernel has no type information, or lacks one of the fields.
-    pub(crate) fn of_running_kernel() -> Result<Self> {
-        Self::read(false)
+    pub(crate) fn of_running_kernel() -> Result<&'static Self> {
+        static KNOWN: OnceLock<Offsets> = OnceLock::new();
+        Self::read_once(&KNOWN, false)
     }
 
-    /// Reads them from the running kernel, with those that the iterators need.
+    /// Those of the running kernel with those that the iterators need, read once.
     ///
     /// # Errors
     ///
     /// As of [`Self::of_running_kernel`].
-    pub(crate) fn for_iterators() -> Result<Self> {
-        Self::read(true)
+    pub(crate) fn for_iterators() -> Result<&'static Self> {
+        static KNOWN: OnceLock<Offsets> = OnceLock::new();
+        Self::read_once(&KNOWN, true)
+    }
+
+    fn read_once(known: &'static OnceLock<Self>, for_iterators: bool) -> Result<&'static Self> {
+        if let Some(known) = known.get() {
+            return Ok(known);
+        }
+        let read = Self::read(for_iterators)?;
+        Ok(known.get_or_init(|| read))
     }
 
     fn read(for_iterators: bool) -> Result<Self> {

@@ -264,7 +264,7 @@ impl Object {
             .map_err(EbpfError::from)?;
         let types = load_types(&mut object)?;
         let maps = make_maps(&mut object, loading.log_level, loading.maps, &types)?;
-        let programs = load_programs(&object, &hooks, &types, &offsets)?;
+        let programs = load_programs(&object, &hooks, &types, offsets)?;
         Ok(Self { maps, programs })
     }
 
