@@ -13,7 +13,7 @@ use aya_log_ebpf::{debug, warn};
 use interceptor_common::{
     chains::{InboundFacts, Verdict, inbound},
     config::{Settings, stages},
-    conn::{Endpoint, Handshake, TCP, is_proxy_address},
+    conn::{Address, Endpoint, Handshake, TCP, is_proxy_address},
     counters::Event,
     listeners::{PLACES, ProxyPort, accepts},
     routes::RouteKind,
@@ -173,25 +173,21 @@ fn from_inside(settings: &Settings, local: Endpoint, remote: Endpoint) -> Choice
 /// of a socket.
 #[inline(always)]
 fn assign(ctx: &SkLookupContext, wanted: &Wanted) -> bool {
-    for place in 0..PLACES {
-        let slot = wanted.first_slot + place;
-        if suits(slot, wanted.from_inside) == 0 {
-            continue;
-        }
-        // Read again: the verifier lets no function return a socket. Another listener
-        // of the proxy's may have taken the place just now, and gets it.
-        let sk = maps::listeners::get(slot);
+    for slot in 0..PLACES {
+        let sk = maps::listeners::get(wanted.first_slot + slot);
         if sk.is_null() {
             continue;
         }
-        // SAFETY: the program's own context and a socket that it holds.
-        let assigned = unsafe {
-            bpf_sk_assign(
-                ctx.lookup.cast(),
-                sk.cast(),
-                u64::from(BPF_SK_LOOKUP_F_REPLACE),
-            )
-        } == 0;
+        let [one, two, three, four] = bound_address(sk).to_be32s();
+        let assigned = is_for(one, two, three, four, wanted.from_inside) != 0
+            // SAFETY: the program's own context and a socket that it holds.
+            && unsafe {
+                bpf_sk_assign(
+                    ctx.lookup.cast(),
+                    sk.cast(),
+                    u64::from(BPF_SK_LOOKUP_F_REPLACE),
+                )
+            } == 0;
         // SAFETY: `sk` is held, and is not used after this.
         unsafe {
             bpf_sk_release(sk.cast());
@@ -203,22 +199,13 @@ fn assign(ctx: &SkLookupContext, wanted: &Wanted) -> bool {
     false
 }
 
-/// Whether there is a listener at this place of the `LISTENERS` map that [`accepts`]
-/// the connection.
+/// [`accepts`] for an address in four words, whose bytes are in network order.
 ///
 /// A global function, as BPF calls it: the verifier walks it once, and not once
-/// for each place. (With a context among its arguments Linux 5.10 refuses it.)
+/// for each slot. (With a context among its arguments Linux 5.10 refuses it.)
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn suits(slot: u32, from_inside: u32) -> u32 {
-    let sk = maps::listeners::get(slot);
-    if sk.is_null() {
-        return 0;
-    }
-    let suits = accepts(&bound_address(sk), from_inside != 0);
-    // SAFETY: `sk` is held, and is not used after this.
-    unsafe {
-        bpf_sk_release(sk.cast());
-    }
-    suits.into()
+extern "C" fn is_for(one: u32, two: u32, three: u32, four: u32, from_inside: u32) -> u32 {
+    let address = Address::from_be32s([one, two, three, four]);
+    accepts(&address, from_inside != 0).into()
 }
