@@ -194,9 +194,11 @@ fn attach(args: &Args, report: &mut Report) -> Result<()> {
     report.resident.insert("interceptor proxy", proxy);
     if !args.quick {
         say("the daemon with 50 pods");
+        let (attach, memory) = attach::daemon(50)?;
+        report.attach.push(attach);
         report
             .resident
-            .insert("interceptor daemon, 50 pods", attach::daemon_memory(50)?);
+            .insert("interceptor daemon, 50 pods", memory);
     }
     Ok(())
 }

@@ -6,15 +6,16 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result};
-use interceptor_userspace::api::PodState;
+use anyhow::{Context as _, Result, ensure};
+use interceptor_userspace::api::{Answer, Request};
 use serde::Serialize;
 
 use super::{hooks, mode::Mode, pair::listens, signals, stats::quantile};
 use crate::{
+    cgroup::Cgroup,
     cli::Cli,
-    command::{wait_until, workspace_binary},
-    daemon::Daemon,
+    command::{unique_name, wait_until, workspace_binary},
+    daemon::{Daemon, cni},
     pod::{Credentials, Host, Pod},
 };
 
@@ -24,11 +25,13 @@ pub(crate) struct Attach {
     pub(crate) mode: String,
     /// How many pods, attached one after the other and all at the end.
     pub(crate) pods: usize,
-    /// The command's time, in milliseconds, from its start to its end.
+    /// The command's time, in milliseconds, from its start to its end; the daemon's from
+    /// the request to the answer.
     pub(crate) p50_ms: f64,
     /// The same, of the slowest in a hundred.
     pub(crate) p99_ms: f64,
-    /// Kernel memory of programs and maps for each pod; not known of iptables.
+    /// Kernel memory of programs and maps for each pod; not known of iptables, and not
+    /// measured twice.
     pub(crate) bytes_per_pod: Option<f64>,
 }
 
@@ -82,20 +85,35 @@ pub(crate) fn proxy_memory() -> Result<f64> {
     memory
 }
 
-/// The resident memory of `interceptor daemon` when it has attached so many pods, in
-/// bytes.
-pub(crate) fn daemon_memory(pods: usize) -> Result<f64> {
+/// What attaching so many pods takes the daemon, from the runtime's ADD to the answer,
+/// and its resident memory afterwards, in bytes.
+pub(crate) fn daemon(pods: usize) -> Result<(Attach, f64)> {
+    let parent_name = unique_name("interceptor-bench");
+    let _parent = Cgroup::new(&parent_name)?;
     let cli = Cli::new()?;
-    let mut daemon = Daemon::start(&cli, "")?;
-    let pods = (0..pods).map(|_| Pod::new()).collect::<Result<Vec<_>>>()?;
-    for pod in &pods {
+    let settings = format!("select = 'all'\ncgroup-parent = '/{parent_name}'");
+    let mut daemon = Daemon::start(&cli, &settings)?;
+    let mut times = Vec::new();
+    let mut attached = Vec::new();
+    for number in 0..pods {
         signals::check()?;
-        daemon.write_pod(pod)?;
+        let pod = Pod::below(&parent_name)?;
+        let request = Request::CniAdd(cni(&format!("bench{number}"), &pod));
+        let start = Instant::now();
+        let answer = daemon.ask(&request)?;
+        times.push(start.elapsed().as_secs_f64() * 1e3);
+        ensure!(matches!(answer, Answer::Attached { .. }), "{answer:?}");
+        attached.push(pod);
     }
-    for pod in &pods {
-        daemon.wait_for(pod.name(), PodState::Attached)?;
-    }
-    resident(u32::try_from(daemon.pid()?)?)
+    let attach = Attach {
+        mode: "interceptor daemon".to_owned(),
+        pods,
+        p50_ms: quantile(&times, 0.5),
+        p99_ms: quantile(&times, 0.99),
+        bytes_per_pod: None,
+    };
+    let memory = resident(u32::try_from(daemon.pid()?)?)?;
+    Ok((attach, memory))
 }
 
 fn resident(pid: u32) -> Result<f64> {

@@ -206,12 +206,13 @@ fn text(report: &Report) -> Result<String> {
     writeln!(
         text,
         "\n## Attaching, and memory\n\n\
-         The time is that of the whole command. iptables: IPv4 and IPv6 chains, and the address ::6.\n\n\
+         The time is that of the whole command; of the daemon, which runs already, from CNI's ADD to\n\
+         the answer. iptables: IPv4 and IPv6 chains, and the address ::6.\n\n\
          | mode | pods | p50, ms | p99, ms | kernel memory per pod |\n|---|--:|--:|--:|--:|"
     )?;
     for attach in &report.attach {
         let memory = attach.bytes_per_pod.map_or_else(
-            || "not known".to_owned(),
+            || "-".to_owned(),
             |bytes| format!("{:.0} KiB", bytes / 1024.0),
         );
         writeln!(
