@@ -81,8 +81,24 @@ fn wait_until_said(daemon: &Daemon, name: &str, said: &str) -> Result<PodStatus>
 
 /// Waits until a counter of failures isn't 0.
 fn wait_until_counted(daemon: &Daemon, operation: &str, cause: &str) -> Result<()> {
+    repeat_until_counted(daemon, operation, cause, || ())
+}
+
+/// Cuts all watches until the failure of a later one is counted: one that the server is
+/// just letting in isn't cut.
+fn cut_until_counted(server: &ApiServer, daemon: &Daemon, cause: &str) -> Result<()> {
+    repeat_until_counted(daemon, "watch", cause, || server.cut())
+}
+
+fn repeat_until_counted(
+    daemon: &Daemon,
+    operation: &str,
+    cause: &str,
+    work: impl Fn(),
+) -> Result<()> {
     let line = format!("interceptor_failures_total{{operation=\"{operation}\",cause=\"{cause}\"}}");
     wait_until(&line, LIMIT, || {
+        work();
         let (_, metrics) = daemon.http("/metrics")?;
         Ok(metrics.contains(&line).then_some(()))
     })
@@ -618,15 +634,13 @@ fn whatever_becomes_of_the_watch_nothing_is_lost() -> Result<()> {
 
     // Another token: the file is read anew.
     server.want_token("second");
-    server.cut();
-    wait_until_counted(&daemon, "watch", "Unauthorized")?;
+    cut_until_counted(&server, &daemon, "Unauthorized")?;
     server.write_token("second")?;
     appears(&daemon, &server, "after-token")?;
 
     // Refused for a while.
     server.fail(Some(Failure::Refuse(500)));
-    server.cut();
-    wait_until_counted(&daemon, "watch", "InternalError")?;
+    cut_until_counted(&server, &daemon, "InternalError")?;
     server.fail(None);
     appears(&daemon, &server, "after-500")?;
     whole(&daemon)?;
