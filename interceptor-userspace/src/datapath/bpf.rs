@@ -362,7 +362,7 @@ fn element(map: BorrowedFd<'_>, key: &u32, value: usize) -> bpf_attr {
 
 /// Makes an array of one element, of `value_size` bytes or of maps like `of`
 /// (`BPF_MAP_CREATE`).
-fn new_array(value_size: u32, of: Option<BorrowedFd<'_>>) -> io::Result<OwnedFd> {
+pub(crate) fn new_array(value_size: u32, of: Option<BorrowedFd<'_>>) -> io::Result<OwnedFd> {
     let map_type = if of.is_some() {
         bpf_map_type::BPF_MAP_TYPE_ARRAY_OF_MAPS
     } else {

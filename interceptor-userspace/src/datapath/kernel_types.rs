@@ -5,9 +5,15 @@
 //! walked once and left where they lie: libraries make an object of each, which
 //! takes several times as long as all the rest of attaching a pod.
 
-use std::{collections::BTreeMap, fs, io, sync::OnceLock};
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    io,
+    sync::OnceLock,
+};
 
 use bytemuck::{AnyBitPattern, Pod, Zeroable};
+use memmap2::{Mmap, MmapOptions};
 
 use crate::{Error, Result};
 
@@ -70,6 +76,14 @@ pub(crate) struct Offsets {
     iterators: Vec<(&'static str, u32)>,
 }
 
+/// The kernel's types where it lets them be mapped (Linux 6.16): 5 MiB less to copy, and
+/// to have memory for.
+fn map_types() -> Option<Mmap> {
+    let file = File::open(VMLINUX).ok()?;
+    // SAFETY: the kernel's own, which nobody can write to.
+    unsafe { MmapOptions::new().map_copy_read_only(&file) }.ok()
+}
+
 fn unreadable(error: io::Error) -> Error {
     Error::Btf {
         missing: "its types".to_owned(),
@@ -119,10 +133,14 @@ impl Offsets {
     fn read(for_iterators: bool) -> Result<Self> {
         let more: &[_] = if for_iterators { &ITERATOR_FIELDS } else { &[] };
         let wanted = || FIELDS.iter().chain(more);
-        let bytes = fs::read(VMLINUX).map_err(unreadable)?;
+        let mapped = map_types();
+        let bytes = match &mapped {
+            Some(mapped) => mapped,
+            None => &fs::read(VMLINUX).map_err(unreadable)?[..],
+        };
         let mut structures: Vec<_> = wanted().map(|(_, structure, _)| *structure).collect();
         structures.push(SK_LOOKUP);
-        let btf = Btf::parse(&bytes, &structures)
+        let btf = Btf::parse(bytes, &structures)
             .ok_or_else(|| unreadable(io::ErrorKind::InvalidData.into()))?;
         let fields = wanted()
             .map(|(global, structure, member)| {

@@ -361,10 +361,6 @@ fn make_maps(
 ) -> Result<BTreeMap<String, Map>> {
     let mut maps = Vec::new();
     for (name, mut definition) in object.maps.drain() {
-        if name == LOGS && log_level == LogLevel::Off {
-            // Nobody writes to it: the least that a ring buffer can have.
-            definition.set_max_entries(page_size());
-        }
         if let Maps::New { counters } = from
             && name == "COUNTERS"
         {
@@ -374,6 +370,10 @@ fn make_maps(
             Maps::Pinned(directory) if MAPS.contains(&name.as_str()) => {
                 MapData::from_pin(map_pin(directory, &name))
             }
+            // Nobody writes to it, and a ring buffer takes four pages at least.
+            _ if name == LOGS && log_level == LogLevel::Off => bpf::new_array(4, None)
+                .map_err(Error::system("making a map"))
+                .map(MapData::from_fd)?,
             _ => MapData::create(definition.clone(), &name, Some(types.as_fd())),
         }
         .map_err(EbpfError::from)?;
