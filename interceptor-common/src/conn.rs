@@ -290,23 +290,8 @@ pub struct LiveSocket {
     pub in_interface: u32,
 }
 
-/// The number of proxy addresses of each family that outbound connections are
-/// spread over.
-///
-/// Each has an ephemeral port range of its own. Not more: every address that
-/// closes gracefully may take an entry in the kernel's `tcp_metrics` table,
-/// which all network namespaces of a host share.
-pub const PROXY_ADDRESSES: u32 = 256;
-
-/// `127.15.1.0`, as a number in host byte order.
-const PROXY_NETWORK: u32 = 0x7f0f_0100;
-
-/// The proxy's IPv4 address for a redirected connection: one of
-/// `127.15.1.0` to `127.15.1.255`, by the low bits of `spread`.
-#[inline(always)]
-pub fn proxy_address_v4(spread: u32) -> Address {
-    Address::from_be32((PROXY_NETWORK | (spread % PROXY_ADDRESSES)).to_be())
-}
+/// `127.15.0.0`, as a number in host byte order: where the proxy's IPv4 addresses begin.
+const PROXY_NETWORK: u32 = 0x7f0f_0000;
 
 /// `100::f01:0`: where the proxy's IPv6 addresses begin. They are from the block
 /// that is for discarding (RFC 6666), so that nobody's are taken away.
@@ -315,28 +300,100 @@ pub fn proxy_address_v4(spread: u32) -> Address {
 /// own to `lo`, that is there while the pod is attached.
 pub const PROXY_NETWORK_V6: Ipv6Addr = Ipv6Addr::new(0x100, 0, 0, 0, 0, 0, 0xf01, 0);
 /// The length of the prefix of the proxy's IPv6 addresses.
-pub const PROXY_NETWORK_V6_LENGTH: u8 = 120;
+pub const PROXY_NETWORK_V6_LENGTH: u8 = 128 - PROXY_ADDRESS_BITS;
 
-/// The proxy's IPv6 address for a redirected connection: one of `100::f01:0` to
-/// `100::f01:ff`, by the low bits of `spread`.
-#[inline(always)]
-pub fn proxy_address_v6(spread: u32) -> Address {
-    let [one, two, three, four] = Address::from(PROXY_NETWORK_V6).to_be32s();
-    Address::from_be32s([one, two, three, four | (spread % PROXY_ADDRESSES).to_be()])
+/// The last bits of the proxy's addresses, which differ.
+const PROXY_ADDRESS_BITS: u8 = 16;
+/// Those bits of a word.
+const PROXY_ADDRESS_MASK: u32 = (1 << PROXY_ADDRESS_BITS) - 1;
+
+/// The number of addresses of each family for original destinations without a
+/// number.
+const UNNUMBERED_ADDRESSES: u32 = 256;
+
+/// The number of addresses for each [`DestinationNumber`].
+///
+/// Each has an ephemeral port range of its own. Not more: every address that
+/// closes gracefully may take an entry in the kernel's `tcp_metrics` table,
+/// which all network namespaces of a host share.
+const ADDRESSES_PER_NUMBER: u32 = 8;
+
+/// The number of an original destination, which the proxy's address of a redirected
+/// connection has in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DestinationNumber(u32);
+
+impl DestinationNumber {
+    /// How many there are.
+    pub const COUNT: u32 = (PROXY_ADDRESS_MASK + 1 - UNNUMBERED_ADDRESSES) / ADDRESSES_PER_NUMBER;
+
+    /// Some number, always the same for a `hash`.
+    #[inline(always)]
+    pub const fn from_hash(hash: u32) -> Self {
+        Self(hash % Self::COUNT)
+    }
+
+    /// Its place in the `DESTINATIONS` map, below [`Self::COUNT`].
+    #[inline(always)]
+    pub const fn index(self) -> u32 {
+        self.0
+    }
+
+    /// The number in one of the proxy's addresses; `None` in one without, and in others.
+    #[inline(always)]
+    pub fn of(address: &Address) -> Option<Self> {
+        let last = u32::from_be(address.to_be32());
+        if is_proxy_address(address) && last & PROXY_ADDRESS_MASK >= UNNUMBERED_ADDRESSES {
+            Some(Self(
+                ((last & PROXY_ADDRESS_MASK) - UNNUMBERED_ADDRESSES) / ADDRESSES_PER_NUMBER,
+            ))
+        } else {
+            None
+        }
+    }
+
+    /// One of its addresses, of the family of `v4`, by the low bits of `spread`.
+    #[inline(always)]
+    pub fn proxy_address(self, v4: bool, spread: u32) -> Address {
+        proxy_address(
+            v4,
+            UNNUMBERED_ADDRESSES + self.0 * ADDRESSES_PER_NUMBER + spread % ADDRESSES_PER_NUMBER,
+        )
+    }
 }
 
-/// Whether `address` is one of [`proxy_address_v4`]'s or [`proxy_address_v6`]'s.
+/// The proxy's address for a redirected connection whose original destination has no
+/// number: one of `127.15.0.0` to `127.15.0.255` or of `100::f01:0` to `100::f01:ff`, by
+/// the low bits of `spread`.
+#[inline(always)]
+pub fn unnumbered_proxy_address(v4: bool, spread: u32) -> Address {
+    proxy_address(v4, spread % UNNUMBERED_ADDRESSES)
+}
+
+#[inline(always)]
+fn proxy_address(v4: bool, last: u32) -> Address {
+    if v4 {
+        return Address::from_be32((PROXY_NETWORK | last).to_be());
+    }
+    let [one, two, three, four] = Address::from(PROXY_NETWORK_V6).to_be32s();
+    Address::from_be32s([one, two, three, four | last.to_be()])
+}
+
+/// Whether `address` is one of the proxy's for redirected connections.
 #[inline(always)]
 pub fn is_proxy_address(address: &Address) -> bool {
     let mut words = address.to_be32s();
-    words[3] &= !(PROXY_ADDRESSES - 1).to_be();
+    words[3] &= !PROXY_ADDRESS_MASK.to_be();
     let network = Address::from_be32s(words);
     network == Address::from_be32(PROXY_NETWORK.to_be()) || network == PROXY_NETWORK_V6.into()
 }
 
 #[cfg(test)]
 mod tests {
+    extern crate std;
+
     use core::net::{IpAddr, SocketAddr};
+    use std::collections::HashSet;
 
     use super::*;
 
@@ -417,26 +474,44 @@ mod tests {
     }
 
     #[test]
-    fn the_spread_stays_in_its_range() {
-        let mut seen = [0; PROXY_ADDRESSES as usize];
-        for spread in 0..1024 {
-            for address in [proxy_address_v4(spread), proxy_address_v6(spread)] {
+    fn every_proxy_address_has_one_number_or_none() {
+        let mut seen = HashSet::new();
+        for v4 in [true, false] {
+            for spread in 0..2 * UNNUMBERED_ADDRESSES {
+                let address = unnumbered_proxy_address(v4, spread);
                 assert!(is_proxy_address(&address));
-                seen[usize::from(address.octets[15])] += 1;
+                assert_eq!(DestinationNumber::of(&address), None, "{address}");
+                seen.insert(address.octets);
+            }
+            for hash in 0..2 * DestinationNumber::COUNT {
+                let number = DestinationNumber::from_hash(hash);
+                assert!(number.index() < DestinationNumber::COUNT);
+                for spread in 0..2 * ADDRESSES_PER_NUMBER {
+                    let address = number.proxy_address(v4, spread);
+                    assert!(is_proxy_address(&address));
+                    assert_eq!(DestinationNumber::of(&address), Some(number), "{address}");
+                    seen.insert(address.octets);
+                }
             }
         }
-        assert_eq!(seen, [8; PROXY_ADDRESSES as usize]);
-        assert!(is_proxy_address(&address("127.15.1.0")));
-        assert!(is_proxy_address(&address("100::f01:ff")));
+        assert_eq!(seen.len(), 2 << PROXY_ADDRESS_BITS);
+        for (first, last) in [
+            ("127.15.0.0", "127.15.255.255"),
+            ("100::f01:0", "100::f01:ffff"),
+        ] {
+            assert!(is_proxy_address(&address(first)));
+            assert!(is_proxy_address(&address(last)));
+        }
         for other in [
-            "127.15.0.255",
-            "127.15.2.0",
+            "127.14.255.255",
+            "127.16.0.0",
             "100::f00:ffff",
-            "100::f01:100",
+            "100::f02:0",
             "100::1:0:f01:0",
-            "::127.15.1.0",
+            "::127.15.0.0",
         ] {
             assert!(!is_proxy_address(&address(other)), "{other}");
+            assert_eq!(DestinationNumber::of(&address(other)), None, "{other}");
         }
     }
 }

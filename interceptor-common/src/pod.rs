@@ -4,7 +4,7 @@ use bytemuck::{Pod, Zeroable};
 
 /// The layout of the maps and the state in them: raised when a change makes
 /// older state unreadable.
-pub const LAYOUT: u32 = 4;
+pub const LAYOUT: u32 = 5;
 
 /// What was added to the pod's network namespace, to be taken back when the pod
 /// is detached: bits of [`Attachment::added`].

@@ -10,7 +10,7 @@ use aya_ebpf::{
 };
 use interceptor_common::{
     chains::Owner,
-    conn::{Endpoint, LiveSocket, Origin},
+    conn::{DestinationNumber, Endpoint, LiveSocket, Origin},
 };
 
 use crate::{
@@ -70,17 +70,19 @@ extern "C" fn redirected(ctx: *const StorageContext) -> i32 {
     CONTINUE
 }
 
-/// Called for each TCP socket of a network namespace: that of who asks.
+/// Called for each TCP socket of a network namespace, that of who asks: tells of those
+/// that were accepted, and of clients whose original destination has a number.
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/tcp")]
-extern "C" fn arrived(ctx: *const TcpContext) -> i32 {
+extern "C" fn connected(ctx: *const TcpContext) -> i32 {
     let sk = read!(ctx, sk);
     if sk.is_null() {
         return CONTINUE;
     }
     // One in TIME_WAIT is none.
     if let Some(sock) = kernel::tcp_sock(sk)
-        && kernel::in_interface(sock) != 0
+        && (kernel::in_interface(sock) != 0
+            || DestinationNumber::of(&kernel::ends(sock).1.address).is_some())
     {
         let nowhere = bytemuck::Zeroable::zeroed();
         tell(read!(ctx, meta), sock, nowhere, 0);

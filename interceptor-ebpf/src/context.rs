@@ -199,6 +199,17 @@ pub(crate) fn bound_address(sk: *const bpf_sock) -> Address {
     }
 }
 
+/// The remote address of a socket; of one that isn't connected, the last one that it
+/// tried to connect to.
+#[inline(always)]
+pub(crate) fn remote_address(sk: *const bpf_sock) -> Address {
+    if read!(sk, family) == AF_INET6 {
+        read_v6!(sk, bpf_sock, dst_ip6)
+    } else {
+        read_v4!(sk, bpf_sock, dst_ip4)
+    }
+}
+
 /// The local and the remote end of the connection of a sock_ops call.
 #[inline(always)]
 pub(crate) fn ends(context: *const bpf_sock_ops) -> (Endpoint, Endpoint) {

@@ -23,7 +23,7 @@ use crate::{
     context::{bound_address, forget, looked_up, read},
     kernel,
     listeners::proxy_port,
-    maps::{self, ListMap, handshakes},
+    maps::{self, ListMap, destinations, handshakes},
     outbound::forgotten,
 };
 
@@ -157,7 +157,7 @@ fn from_inside(settings: &Settings, local: Endpoint, remote: Endpoint) -> Choice
         client: remote,
         proxy: local,
     };
-    if handshakes::get(&handshake).is_some() {
+    if destinations::behind(&local.address).is_some() || handshakes::get(&handshake).is_some() {
         Choice::Listener(port)
     } else if is_proxy_address(&local.address) {
         // Its original destination is lost.

@@ -27,9 +27,10 @@ use interceptor_common::{
 
 use crate::kernel;
 
-/// The most handshakes in flight. An entry lives from the client's SYN until
-/// the proxy's socket is established; the memory is taken entry by entry.
-const MAX_HANDSHAKES: usize = 8192;
+/// The most handshakes in flight, of connections to destinations without a number.
+/// An entry lives from the client's SYN until the proxy's socket is established; the
+/// memory is taken entry by entry.
+const MAX_HANDSHAKES: usize = 4096;
 
 /// Which of the settings are in force.
 #[btf_map]
@@ -51,6 +52,14 @@ static ROUTES: LpmTrie<Address, Route, { MAX_ROUTES as usize }> = LpmTrie::new()
 /// and the proxy's accepted socket.
 #[btf_map]
 static HANDSHAKES: HashMap<Handshake, Endpoint, MAX_HANDSHAKES, { BPF_F_NO_PREALLOC as usize }> =
+    HashMap::new();
+
+/// The most original destinations with a number; the memory is taken one by one.
+const MAX_DESTINATIONS: usize = 2048;
+
+/// The original destinations that have a number, by it. An entry never changes.
+#[btf_map]
+static DESTINATIONS: HashMap<u32, Endpoint, MAX_DESTINATIONS, { BPF_F_NO_PREALLOC as usize }> =
     HashMap::new();
 
 /// What the sockets of redirected connections remember; freed with them.
@@ -274,6 +283,68 @@ pub(crate) mod handshakes {
     pub(crate) fn remove(key: &Handshake) {
         // An entry that isn't there was taken by the proxy's side.
         let _: Result<(), i32> = HANDSHAKES.remove(key);
+    }
+}
+
+/// Original destinations with a number.
+pub(crate) mod destinations {
+    use aya_ebpf::bindings::BPF_NOEXIST;
+    use interceptor_common::conn::{Address, DestinationNumber};
+
+    use super::{DESTINATIONS, Endpoint};
+
+    /// The destination with this number.
+    #[inline(always)]
+    pub(crate) fn get<'a>(number: DestinationNumber) -> Option<&'a Endpoint> {
+        // SAFETY: an entry never changes while a connection has its number.
+        unsafe { DESTINATIONS.get(number.index()) }
+    }
+
+    /// The original destination that one of the proxy's addresses stands for.
+    #[inline(always)]
+    pub(crate) fn behind<'a>(address: &Address) -> Option<&'a Endpoint> {
+        get(DestinationNumber::of(address)?)
+    }
+
+    /// The number of a destination, which gets one if it has none; `None` if others
+    /// have those that it could have.
+    #[inline(always)]
+    pub(crate) fn number(destination: &Endpoint) -> Option<DestinationNumber> {
+        let [one, two, three, four] = destination.address.to_be32s();
+        match number_of(one, two, three, four, destination.port.into()) {
+            u32::MAX => None,
+            number => Some(DestinationNumber::from_hash(number)),
+        }
+    }
+
+    /// [`number`] for an address in four words, whose bytes are in network order;
+    /// `u32::MAX` for `None`.
+    ///
+    /// A global function, which the verifier walks once.
+    #[unsafe(no_mangle)]
+    #[inline(never)]
+    extern "C" fn number_of(one: u32, two: u32, three: u32, four: u32, port: u32) -> u32 {
+        #[expect(clippy::cast_possible_truncation, reason = "it was a port")]
+        let destination = Endpoint::new(Address::from_be32s([one, two, three, four]), port as u16);
+        let mut hash = port;
+        for word in [one, two, three, four] {
+            hash = (hash ^ word).wrapping_mul(0x9e37_79b1);
+            hash ^= hash >> 15;
+        }
+        for _ in 0..2 {
+            let number = DestinationNumber::from_hash(hash);
+            let taken = match get(number) {
+                Some(taken) => *taken == destination,
+                None => DESTINATIONS
+                    .insert(number.index(), destination, u64::from(BPF_NOEXIST))
+                    .is_ok(),
+            };
+            if taken {
+                return number.index();
+            }
+            hash = hash.wrapping_mul(0x85eb_ca6b) ^ hash >> 13;
+        }
+        u32::MAX
     }
 }
 

@@ -13,10 +13,10 @@ use interceptor_common::{
 };
 
 use crate::{
-    context::{SockAddrIn, SockAddrIn6, bound, read},
+    context::{SockAddrIn, SockAddrIn6, bound, read, remote_address},
     kernel,
     listeners::proxy_port,
-    maps::{self, origins},
+    maps::{self, destinations, origins},
 };
 
 const SOL_IP: i32 = 0;
@@ -85,24 +85,32 @@ fn original_destination(context: *const bpf_sockopt, sk: *mut bpf_sock) -> Optio
     {
         return Some(origin.original_destination);
     }
-    // Not redirected: where it arrived, unless conntrack has answered.
-    let connected = read!(sk, dst_port) != 0 && read!(sk, state) != TCP_LISTEN;
-    if read!(context, retval) == 0 || !connected || !kernel::in_pod_by_copy(sk) {
+    let remote_port = u16::from_be(read!(sk, dst_port));
+    let connected = remote_port != 0 && read!(sk, state) != TCP_LISTEN;
+    if !connected || !kernel::in_pod_by_copy(sk) {
         return None;
     }
     let mut local = bound(sk);
-    let settings = maps::settings()?;
-    if !settings.family(&local.address).has(stages::CHAINS) {
-        // Without chains there is no conntrack, either.
-        return None;
-    }
     if local.port == 0 {
         // After a reset the socket has given its number back.
         local.port = kernel::source_port(sk);
     }
+    // A number counts for more than what conntrack has answered, which follows the
+    // rewritten connection.
+    let settings = maps::settings()?;
     if is_proxy_address(&local.address) && proxy_port(settings, local.port).is_some() {
-        // Redirected, and forgotten for want of memory: no answer, because the
-        // proxy would connect to itself.
+        // Without a number it was forgotten for want of memory: no answer, because
+        // the proxy would connect to itself.
+        return destinations::behind(&local.address).copied();
+    }
+    if proxy_port(settings, remote_port).is_some()
+        && let Some(destination) = destinations::behind(&remote_address(sk))
+    {
+        return Some(*destination);
+    }
+    // Not redirected: where it arrived, unless conntrack has answered, or there is
+    // none without chains.
+    if read!(context, retval) == 0 || !settings.family(&local.address).has(stages::CHAINS) {
         return None;
     }
     Some(local)

@@ -16,8 +16,8 @@ use interceptor_common::{
     chains::{Chain, Decision, OutputFacts, Owner, Verdict, output},
     config::{LOCALHOST_V6, Settings, stages},
     conn::{
-        Address, Endpoint, Handshake, Role, TCP, is_proxy_address, proxy_address_v4,
-        proxy_address_v6,
+        Address, DestinationNumber, Endpoint, Handshake, PROXY_NETWORK_V6, Role, TCP,
+        is_proxy_address, unnumbered_proxy_address,
     },
     counters::Event,
     listeners::ProxyPort,
@@ -27,10 +27,10 @@ use interceptor_common::{
 use crate::{
     context::{
         AF_INET, SockAddrIn, SockAddrIn6, asked_v4, asked_v6, bound, ends, forget, opaque, read,
-        set_v4, set_v6,
+        remote_address, set_v4, set_v6,
     },
     kernel, listeners,
-    maps::{self, ListMap, handshakes, origins},
+    maps::{self, ListMap, destinations, handshakes, origins},
 };
 
 pub(crate) const REFUSE: i32 = 0;
@@ -132,14 +132,20 @@ fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Connect {
     // A socket may connect more than once: after a failure, or after AF_UNSPEC.
     let previous = origins::get(sk);
     if kernel::AFTER_ANOTHER.load()
-        && matches!(previous, Some(origin) if origin.role == Role::Client as u32)
+        && (matches!(previous, Some(origin) if origin.role == Role::Client as u32)
+            || DestinationNumber::of(&endpoint.address).is_some())
         && listeners::proxy_port(settings, endpoint.port).is_some()
     {
         // What the other one decided stands.
         return Connect::AsAsked;
     }
     let mut local = bound(sk);
-    let source_was_chosen = matches!(previous, Some(origin) if origin.source_chosen != 0);
+    let source_was_chosen = match previous {
+        Some(origin) => origin.source_chosen != 0,
+        // An earlier connect() to a destination with a number. (Who binds an address
+        // most often binds a port, too.)
+        None => local.port == 0 && DestinationNumber::of(&remote_address(sk)).is_some(),
+    };
     if source_was_chosen {
         local.address = Address::UNSPECIFIED;
     }
@@ -251,10 +257,24 @@ fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Connect {
         Verdict::Dns => settings.dns_port,
     };
 
+    let is_v4 = destination.address.is_v4();
+    let number = if bound_to_any
+        && !connected_before
+        && local_port == 0
+        && !source.is_unspecified()
+        && !is_proxy_address(&destination.address)
+        && (is_v4 || has_proxy_addresses_v6(sk, &source))
+    {
+        destinations::number(&destination)
+    } else {
+        None
+    };
     let address = if is_proxy_address(&destination.address) {
         destination.address
-    } else if destination.address.is_v4() {
-        proxy_address_v4(random())
+    } else if let Some(number) = number {
+        number.proxy_address(is_v4, random())
+    } else if is_v4 {
+        unnumbered_proxy_address(true, random())
     } else {
         proxy_address_for(sk, &source, bound_to_any)
     };
@@ -274,6 +294,9 @@ fn connect(ctx: &SockAddrContext, endpoint: &mut Endpoint) -> Connect {
                 maps::count(Event::SourceNotKept);
             }
         }
+    }
+    if number.is_some() {
+        return Connect::Redirected;
     }
 
     if origins::set(sk, &destination, Role::Client, source_chosen) {
@@ -309,19 +332,24 @@ fn proxy_address_for(sk: *const bpf_sock, source: &Address, bound_to_any: bool) 
     if source.is_unspecified() || source.is_link_local_v6() && !bound_to_any {
         return LOCALHOST_V6.into();
     }
-    let spread = proxy_address_v6(random());
-    match maps::route(&spread) {
-        // Bound to an interface, it would not find the route, which is `lo`'s.
-        Some(route)
-            if route.is(RouteKind::Local)
-                && route.source == *source
-                && read!(sk, bound_dev_if) == 0 =>
-        {
-            spread
-        }
+    if has_proxy_addresses_v6(sk, source) {
+        unnumbered_proxy_address(false, random())
+    } else {
         // To ::1 the kernel would send what it answers without a socket (an ACK
         // in TIME_WAIT, a reset) out of the source's interface.
-        _ => *source,
+        *source
+    }
+}
+
+/// Whether an IPv6 connection to one of the proxy's addresses has this source.
+#[inline(always)]
+fn has_proxy_addresses_v6(sk: *const bpf_sock, source: &Address) -> bool {
+    match maps::route(&PROXY_NETWORK_V6.into()) {
+        // Bound to an interface, it would not find the route, which is `lo`'s.
+        Some(route) => {
+            route.is(RouteKind::Local) && route.source == *source && read!(sk, bound_dev_if) == 0
+        }
+        None => false,
     }
 }
 

@@ -641,8 +641,8 @@ fn differs_by_design(expected: &Row, observed: &Row) -> bool {
         .map(|port| format!("PROXY:{port}"))
         .contains(&expected.observed.served_by);
     match expected.case.from {
-        // REDIRECT sends to 127.0.0.1 and ::1. Interceptor spreads over 127.15.1.0/24
-        // and 100::f01:0/120, so that not all destinations share one range of
+        // REDIRECT sends to 127.0.0.1 and ::1. Interceptor spreads over 127.15.0.0/16
+        // and 100::f01:0/112, so that not all destinations share one range of
         // ephemeral ports. What comes from an IPv6 address other than the pod's
         // usual one it sends to that address, which needs no bind() to be kept.
         // TPROXY leaves what the proxy connects to its own pod where it was sent.
@@ -655,7 +655,7 @@ fn differs_by_design(expected: &Row, observed: &Row) -> bool {
             let sent_to = match interceptor.ip() {
                 IpAddr::V4(v4) => {
                     (by_tproxy || iptables.ip() == Ipv4Addr::LOCALHOST)
-                        && v4.octets()[..3] == [127, 15, 1]
+                        && v4.octets()[..2] == [127, 15]
                 }
                 IpAddr::V6(v6) => {
                     (by_tproxy || iptables.ip() == Ipv6Addr::LOCALHOST)

@@ -37,7 +37,7 @@ fn has_passthrough(pod: &Pod) -> Result<bool> {
 /// The route of the proxy's IPv6 addresses.
 fn has_proxy_route(pod: &Pod) -> Result<bool> {
     let routes = pod.netns().ip("-6 route show table local")?;
-    Ok(routes.contains("100::f01:0/120"))
+    Ok(routes.contains("100::f01:0/112"))
 }
 
 /// Nothing of the pod is there any more, but for the route that live connections
@@ -215,7 +215,7 @@ fn an_address_that_was_there_before_stays() -> Result<()> {
 fn a_route_that_was_there_before_stays() -> Result<()> {
     let (pod, cli) = (Pod::new()?, Cli::new()?);
     pod.netns()
-        .ip("-6 route add local 100::f01:0/120 dev lo table local")?;
+        .ip("-6 route add local 100::f01:0/112 dev lo table local")?;
     cli.attach(&pod)?;
     cli.detach(pod.name())?;
     ensure!(has_proxy_route(&pod)?, "it was taken away");
@@ -984,6 +984,7 @@ fn json_has_the_documented_fields() -> Result<()> {
                 "listeners",
                 "log_level",
                 "netns_inode",
+                "numbered_destinations",
                 "pins",
                 "pod",
                 "refusal",

@@ -79,6 +79,54 @@ fn a_pod_with_other_settings_keeps_to_them() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn the_kernels_own_answer_is_not_the_proxys_address() -> Result<()> {
+    let world = World::new()?;
+    let _proxy = world.start_proxy(&EVERYWHERE)?;
+    world.cli.attach(&world.pod)?;
+    // Somebody's rule for something else has conntrack follow every connection.
+    for iptables in ["iptables", "ip6tables"] {
+        let rule = "-t nat -A OUTPUT -p udp --dport 9 -j REDIRECT --to-ports 10";
+        world
+            .pod
+            .netns()
+            .enter(|| run(Command::new(iptables).args(rule.split(' '))))?;
+    }
+    world.assert_intercepted()?;
+    Ok(())
+}
+
+#[test]
+fn an_address_of_the_proxys_that_is_dialled_is_its_own_destination() -> Result<()> {
+    let world = World::new()?;
+    let _proxy = world.start_proxy(&EVERYWHERE)?;
+    world.cli.attach(&world.pod)?;
+    for to in Way::Out.destinations() {
+        let redirected = assert_served(Way::Out, &world.app, to)?;
+        // It has the number of `to`.
+        let address = redirected.served.getsockname;
+        ensure!(world.cli.status(world.name())?["numbered_destinations"] != 0);
+        let dialled = assert_served(Way::Out, &world.app, address)?;
+        // What the proxy connects to in its own pod goes to its inbound port.
+        let by_proxy = assert_served(Way::In, &world.proxy, address)?;
+        for (conversation, meant) in [(&redirected, to), (&dialled, address), (&by_proxy, address)]
+        {
+            let peer = conversation.socket().peer_addr()?.as_socket();
+            ensure!(peer == Some(meant), "{peer:?} instead of {meant}");
+        }
+        let listed = run_json(world.cli.command()?.args(["connections", "-o", "json"]))?;
+        let listed = listed.as_array().context("no list")?;
+        for (meant, sockets) in [(to, 2), (address, 4)] {
+            let count = listed
+                .iter()
+                .filter(|connection| connection["original_destination"] == meant.to_string())
+                .count();
+            ensure!(count == sockets, "{meant}: {listed:#?}");
+        }
+    }
+    Ok(())
+}
+
 /// A connection that a socket of `server`'s accepts, and what is seen of it.
 fn look_at_connection(server: &Inside, client: &Inside, to: SocketAddr) -> Result<Vec<String>> {
     let listener = server.listen(to)?;

@@ -44,7 +44,7 @@ type Difference = (&'static str, &'static str, fn() -> Result<()>);
 const DIFFERENCES: [Difference; 7] = [
     (
         "getsockname() of the proxy's socket",
-        "the packet isn't changed on the way in, and the way out is spread over 256 addresses",
+        "the packet isn't changed on the way in, and the address says where to on the way out",
         the_proxys_own_name,
     ),
     (
@@ -850,7 +850,7 @@ fn the_proxys_own_name() -> Result<()> {
         bed.interceptor.observe(&connection)?,
     ];
     ensure!(chains.server_getsockname == "127.0.0.1:15001", "{chains:?}");
-    ensure!(ours.server_getsockname.starts_with("127.15.1."), "{ours:?}");
+    ensure!(ours.server_getsockname.starts_with("127.15."), "{ours:?}");
     Ok(())
 }
 

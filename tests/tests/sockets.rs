@@ -183,11 +183,11 @@ const MPTCP_PEER: ByDesign = ByDesign {
     reason: "What is remembered of an MPTCP connection is its first subflow's, and getpeername() \
              asks for that of the MPTCP socket.",
     is: |label, iptables, interceptor| {
-        let proxy = ["[100::f01:", "127.15.1.", "[::ffff:127.15.1."];
+        let proxy = ["[100::f01:", "127.15.", "[::ffff:127.15."];
         let original = [
             "10.77.0.",
             "127.0.0.2:",
-            "127.15.1.",
+            "127.15.",
             "[::ffff:",
             "[fd00:77::",
         ];

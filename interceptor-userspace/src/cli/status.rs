@@ -153,6 +153,10 @@ fn print_view(view: &PodView) -> anyhow::Result<()> {
         ),
     );
     row("handshakes in flight", view.handshakes.to_string());
+    row(
+        "destinations",
+        format!("{} with a number", view.numbered_destinations),
+    );
     row("routes known", view.routes.to_string());
     if view.refusal != "ECONNREFUSED" {
         row(

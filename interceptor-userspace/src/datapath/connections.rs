@@ -1,6 +1,8 @@
 //! A pod's live connections, from the kernel's own lists: nothing is kept for them.
 
 use std::{
+    cell::RefCell,
+    collections::HashSet,
     fs::File,
     io::{self, BufRead as _, BufReader, Read as _},
     net::SocketAddr,
@@ -8,11 +10,12 @@ use std::{
     os::fd::AsFd as _,
 };
 
+use aya::maps::{HashMap, MapData, MapError};
 use bytemuck::Zeroable as _;
 use interceptor_common::{
     chains::{Chain, Decision, InboundFacts, OutputFacts, Owner, Verdict, inbound, output},
     config::stages,
-    conn::{Address, LiveSocket, Role, TCP},
+    conn::{Address, DestinationNumber, Endpoint, LiveSocket, Role, TCP},
     routes::{LOOPBACK, Route, RouteKind},
 };
 use serde::{Deserialize, Serialize};
@@ -23,6 +26,7 @@ use super::{
     explain::{LiveLists, LiveRoutes},
     object::{ITERATORS, Loading, LogLevel, Object},
     pins::Pins,
+    plain::Plain,
     view::Opened,
 };
 use crate::{
@@ -144,6 +148,10 @@ struct Pod {
     opened: Opened,
     lists: LiveLists,
     routes: LiveRoutes,
+    destinations: HashMap<MapData, u32, Plain<Endpoint>>,
+    /// Both ends of sockets that remember an original destination, although the address
+    /// that the application dialled has the number of another.
+    dialled: RefCell<HashSet<(SocketAddr, SocketAddr)>>,
     rules: Vec<(Chain, Family, Vec<ChainRule>)>,
 }
 
@@ -158,6 +166,8 @@ impl Pod {
             name,
             lists: LiveLists::of(&opened)?,
             routes: LiveRoutes::of(&opened)?,
+            destinations: opened.map("DESTINATIONS")?,
+            dialled: RefCell::default(),
             rules,
             opened,
         })
@@ -169,7 +179,7 @@ impl Pod {
         each: &mut impl FnMut(Connection) -> ControlFlow<()>,
     ) -> Result<ControlFlow<()>> {
         let failed = || Error::system("listing sockets");
-        let [redirected, arrived] = &ITERATORS;
+        let [redirected, connected] = &ITERATORS;
         let origins = self.opened.open_map("ORIGINS")?;
         let redirected = bpf::iterate(
             iterators.program(redirected).as_fd(),
@@ -182,13 +192,13 @@ impl Pod {
         {
             return Ok(ControlFlow::Break(()));
         }
-        // Nothing arrives in a namespace that is gone.
+        // Nothing is connected in a namespace that is gone.
         let Some(netns) = Netns::find(self.opened.netns_id()) else {
             return Ok(ControlFlow::Continue(()));
         };
-        let arrived = iterators.program(arrived).as_fd();
-        let arrived = netns.enter(|| bpf::iterate(arrived, None).map_err(failed()))?;
-        self.tell_all(arrived, Self::arrived, each)
+        let connected = iterators.program(connected).as_fd();
+        let connected = netns.enter(|| bpf::iterate(connected, None).map_err(failed()))?;
+        self.tell_all(connected, Self::connected, each)
     }
 
     fn tell_all(
@@ -211,6 +221,60 @@ impl Pod {
 
     /// The connection of a socket that remembers an original destination.
     fn redirected(&self, socket: &LiveSocket) -> Result<Option<Connection>> {
+        if self.number(socket).is_some() {
+            self.dialled.borrow_mut().insert(ends(socket));
+        }
+        self.outbound(socket)
+    }
+
+    /// The connection of a socket that doesn't say whether it remembers anything: its
+    /// original destination may have a number.
+    fn connected(&self, socket: &LiveSocket) -> Result<Option<Connection>> {
+        let Some((role, number)) = self.number(socket) else {
+            return if socket.in_interface == 0 {
+                Ok(None)
+            } else {
+                self.arrived(socket)
+            };
+        };
+        if self.dialled.borrow().contains(&ends(socket)) {
+            return Ok(None);
+        }
+        let original_destination = match self.destinations.get(&number.index(), 0) {
+            Ok(destination) => destination.0,
+            // One that remembers, and has come since those were asked for.
+            Err(MapError::KeyNotFound) => return Ok(None),
+            Err(error) => return Err(self.opened.damaged(error.to_string())),
+        };
+        self.outbound(&LiveSocket {
+            original_destination,
+            role: role as u32,
+            ..*socket
+        })
+    }
+
+    /// The number in the proxy's address of an outbound connection, and which end of it
+    /// the socket is.
+    fn number(&self, socket: &LiveSocket) -> Option<(Role, DestinationNumber)> {
+        let settings = &self.opened.compiled;
+        [
+            (Role::Client, socket.remote),
+            (Role::Accepted, socket.local),
+        ]
+        .into_iter()
+        .filter(|(_, end)| {
+            [
+                settings.outbound_port,
+                settings.inbound_port,
+                settings.dns_port,
+            ]
+            .contains(&end.port)
+        })
+        .find_map(|(role, end)| Some((role, DestinationNumber::of(&end.address)?)))
+    }
+
+    /// The connection of a socket with its original destination.
+    fn outbound(&self, socket: &LiveSocket) -> Result<Option<Connection>> {
         let (side, client, proxy) = match socket.role {
             role if role == Role::Client as u32 => (Side::Client, socket.local, socket.remote),
             role if role == Role::Accepted as u32 => (Side::Proxy, socket.remote, socket.local),
@@ -336,6 +400,10 @@ fn next(sockets: &mut BufReader<File>) -> io::Result<Option<LiveSocket>> {
     let mut socket = LiveSocket::zeroed();
     sockets.read_exact(bytemuck::bytes_of_mut(&mut socket))?;
     Ok(Some(socket))
+}
+
+fn ends(socket: &LiveSocket) -> (SocketAddr, SocketAddr) {
+    (socket.local.into(), socket.remote.into())
 }
 
 fn owner(socket: &LiveSocket) -> Option<Owner> {

@@ -61,7 +61,7 @@ const ITERATOR_FIELDS: [(&str, &str, &str); 13] = [
 /// The iterators: the program, and the function that stands for what it goes through.
 const ITERATORS: [(&str, &str); 2] = [
     ("redirected", "bpf_iter_bpf_sk_storage_map"),
-    ("arrived", "bpf_iter_tcp"),
+    ("connected", "bpf_iter_tcp"),
 ];
 
 /// What the programs must be told of the running kernel.

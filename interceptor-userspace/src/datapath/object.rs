@@ -49,10 +49,11 @@ use crate::{
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/interceptor-ebpf"));
 
 /// The maps that are pinned, by their names.
-pub(crate) const MAPS: [&str; 11] = [
+pub(crate) const MAPS: [&str; 12] = [
     "ASKED",
     "ATTACHMENT",
     "COUNTERS",
+    "DESTINATIONS",
     "GENERATION",
     "HANDSHAKES",
     "LISTENERS",
@@ -124,7 +125,7 @@ pub(crate) static DNS_LINKS: [Hook; 6] = [
 #[rustfmt::skip]
 pub(crate) static ITERATORS: [Hook; 2] = [
     hook("redirected", BPF_PROG_TYPE_TRACING, BPF_TRACE_ITER),
-    hook("arrived", BPF_PROG_TYPE_TRACING, BPF_TRACE_ITER),
+    hook("connected", BPF_PROG_TYPE_TRACING, BPF_TRACE_ITER),
 ];
 
 /// aya-log's map.

@@ -70,8 +70,10 @@ pub struct PodView {
     pub listeners: ListenerView,
     /// What becomes of connections that arrive while the proxy doesn't listen.
     pub until_proxy_listens: UntilProxyListens,
-    /// Redirected connections that no proxy has accepted yet.
+    /// Redirected connections that no proxy has accepted yet, to destinations without a number.
     pub handshakes: usize,
+    /// How many original destinations have a number.
+    pub numbered_destinations: usize,
     /// How many routes are known.
     pub routes: usize,
     /// With which error a redirected connect() fails for want of memory:
@@ -161,6 +163,7 @@ pub fn view(pins: &Pins, pod: &PodName) -> Result<PodView> {
     let links = opened.check()?;
     let handshakes: HashMap<MapData, Plain<Handshake>, Plain<Endpoint>> =
         opened.map("HANDSHAKES")?;
+    let destinations: HashMap<MapData, u32, Plain<Endpoint>> = opened.map("DESTINATIONS")?;
     let routes: LpmTrie<MapData, Plain<Address>, Plain<Route>> = opened.map("ROUTES")?;
     let counters = opened.counters()?;
     Ok(PodView {
@@ -174,6 +177,7 @@ pub fn view(pins: &Pins, pod: &PodName) -> Result<PodView> {
         listeners: opened.all_listeners()?,
         until_proxy_listens: opened.until_proxy_listens()?,
         handshakes: handshakes.keys().count(),
+        numbered_destinations: destinations.keys().count(),
         routes: routes.keys().count(),
         refusal: if has_set_retval() {
             "ECONNREFUSED"
