@@ -25,6 +25,7 @@ use axum::{
 use futures_util::stream;
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use serde_json::{Value, json};
+use socket2::{Domain, Socket, Type};
 use tempfile::TempDir;
 use tokio::{
     net::{TcpListener, TcpStream},
@@ -59,7 +60,9 @@ pub enum Failure {
 #[derive(Debug)]
 pub struct ApiServer {
     runtime: Option<Runtime>,
-    address: SocketAddr,
+    /// Bound, never listening: keeps the port while the server is stopped, or a
+    /// client of somebody else's could be given it.
+    reserved: Socket,
     tls: TlsAcceptorOf,
     store: Arc<Store>,
     directory: TempDir,
@@ -86,7 +89,7 @@ impl ApiServer {
         let tls = tls(&directory).context("make certificates")?;
         let mut server = Self {
             runtime: None,
-            address: (Ipv4Addr::LOCALHOST, 0).into(),
+            reserved: bound((Ipv4Addr::LOCALHOST, 0).into()).context("reserve a port")?,
             tls,
             store: Arc::new(Store::new()),
             directory,
@@ -94,13 +97,14 @@ impl ApiServer {
         server.want_token("first");
         server.write_token("first")?;
         server.resume()?;
+        let address = server.address()?;
         let kubeconfig = json!({
             "apiVersion": "v1",
             "kind": "Config",
             "current-context": "test",
             "contexts": [{"name": "test", "context": {"cluster": "test", "user": "daemon"}}],
             "clusters": [{"name": "test", "cluster": {
-                "server": format!("https://{}", server.address),
+                "server": format!("https://{address}"),
                 "certificate-authority": server.directory.path().join("ca.crt"),
             }}],
             "users": [{"name": "daemon", "user": {
@@ -133,8 +137,13 @@ impl ApiServer {
             .worker_threads(1)
             .enable_all()
             .build()?;
-        let listener = runtime.block_on(TcpListener::bind(self.address))?;
-        self.address = listener.local_addr()?;
+        let listener = bound(self.address()?)?;
+        listener.listen(128)?;
+        listener.set_nonblocking(true)?;
+        let listener = {
+            let _inside = runtime.enter();
+            TcpListener::from_std(listener.into())?
+        };
         let app = Router::new()
             .fallback(answer)
             .with_state(Arc::clone(&self.store));
@@ -145,6 +154,13 @@ impl ApiServer {
         runtime.spawn(async move { axum::serve(listener, app).await });
         self.runtime = Some(runtime);
         Ok(())
+    }
+
+    fn address(&self) -> Result<SocketAddr> {
+        let address = self.reserved.local_addr()?;
+        address
+            .as_socket()
+            .context("not an address of the Internet")
     }
 
     /// From now on nobody is answered who comes with another token.
@@ -213,6 +229,15 @@ impl Drop for ApiServer {
 }
 
 /// An authority, and a certificate of its for 127.0.0.1.
+/// One of several that may have the address at once.
+fn bound(address: SocketAddr) -> Result<Socket> {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+    socket.set_reuse_address(true)?;
+    socket.set_reuse_port(true)?;
+    socket.bind(&address.into())?;
+    Ok(socket)
+}
+
 fn tls(directory: &TempDir) -> Result<TlsAcceptorOf> {
     let mut authority = CertificateParams::new(Vec::new())?;
     authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);

@@ -1,6 +1,6 @@
 //! Debian's packages.
 
-use std::process::Command;
+use std::{process::Command, sync::Once};
 
 use anyhow::{Result, bail};
 
@@ -11,18 +11,14 @@ pub(super) fn is_here() -> bool {
     find("apt-get").is_some()
 }
 
-/// Which of the packages can't be installed; the lists are fetched if need be.
+/// Which of the packages can't be installed.
 ///
 /// # Errors
 ///
 /// If apt fails.
 pub(super) fn unknown<'a>(packages: &[&'a str]) -> Result<Vec<&'a str>> {
-    let mut missing = lacking(packages, CANDIDATE)?;
-    if !missing.is_empty() && is_root() {
-        update()?;
-        missing = lacking(packages, CANDIDATE)?;
-    }
-    Ok(missing)
+    update();
+    lacking(packages, CANDIDATE)
 }
 
 /// Installs those of the packages that aren't yet, and removes none for them.
@@ -38,24 +34,32 @@ pub(super) fn install(packages: &[&str]) -> Result<()> {
             packages.join(" ")
         );
     }
-    let packages = &lacking(packages, INSTALLED)?[..];
+    let packages = lacking(packages, INSTALLED)?;
     if packages.is_empty() {
         return Ok(());
     }
+    install_newest(&packages)
+}
+
+/// Installs the packages in the newest version that there is of each, and removes
+/// none for them.
+///
+/// # Errors
+///
+/// If this isn't root's process, or apt fails; the error says what to do.
+pub(super) fn install_newest(packages: &[&str]) -> Result<()> {
     let names = packages.join(" ");
     if !is_root() {
-        bail!("run: sudo apt-get install --no-install-recommends {names}");
+        bail!("run: sudo apt-get update && sudo apt-get install --no-install-recommends {names}");
     }
     let missing = unknown(packages)?;
     if !missing.is_empty() {
         bail!("apt-get knows no {} here", missing.join(" "));
     }
-    let what = format!("apt-get install {names}");
-    step(&what, &mut installation(packages)).or_else(|_| {
-        // The lists may be too old: what they name is gone.
-        update()?;
-        step(&what, &mut installation(packages))
-    })
+    step(
+        &format!("apt-get install {names}"),
+        &mut installation(packages),
+    )
 }
 
 fn installation(packages: &[&str]) -> Command {
@@ -68,8 +72,16 @@ fn installation(packages: &[&str]) -> Command {
     command
 }
 
-fn update() -> Result<()> {
-    step("apt-get update", command("apt-get").arg("update"))
+/// Fetches apt's lists, once: what old ones name may be gone, or too old.
+fn update() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        if is_root() {
+            // One source that fails is no reason not to use the others; what
+            // is lacking then, the installation says.
+            let _ = step("apt-get update", command("apt-get").arg("update"));
+        }
+    });
 }
 
 /// What `apt-cache policy` says of a package: the version that is there, and

@@ -111,7 +111,7 @@ pub(super) fn ensure() -> Result<Compiler> {
     if !apt::is_here() || !apt::unknown(&PACKAGES)?.is_empty() {
         bail!("run: {}", advice());
     }
-    apt::install(&PACKAGES).with_context(|| format!("Debian's, or run: {}", advice()))?;
+    apt::install_newest(&PACKAGES).with_context(|| format!("Debian's, or run: {}", advice()))?;
     of_debian()
         .with_context(|| format!("Debian's packages are no such toolchain; run: {}", advice()))?
         .link()
