@@ -228,7 +228,6 @@ impl Drop for ApiServer {
     }
 }
 
-/// An authority, and a certificate of its for 127.0.0.1.
 /// One of several that may have the address at once.
 fn bound(address: SocketAddr) -> Result<Socket> {
     let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
@@ -238,6 +237,7 @@ fn bound(address: SocketAddr) -> Result<Socket> {
     Ok(socket)
 }
 
+/// An authority, and a certificate of its for 127.0.0.1.
 fn tls(directory: &TempDir) -> Result<TlsAcceptorOf> {
     let mut authority = CertificateParams::new(Vec::new())?;
     authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);

@@ -76,10 +76,12 @@ fn installation(packages: &[&str]) -> Command {
 fn update() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
-        if is_root() {
-            // One source that fails is no reason not to use the others; what
-            // is lacking then, the installation says.
-            let _ = step("apt-get update", command("apt-get").arg("update"));
+        if !is_root() {
+            return;
+        }
+        // One source that fails is no reason not to use the others.
+        if let Err(error) = step("apt-get update", command("apt-get").arg("update")) {
+            eprintln!("setup: {error:#}\nsetup: going on with the lists that are here");
         }
     });
 }
