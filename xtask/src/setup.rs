@@ -131,7 +131,11 @@ impl Need {
 }
 
 fn qemu() -> Result<()> {
-    programs(&["qemu-system-x86_64"], "qemu-system-x86")?;
+    if find("qemu-system-x86_64").is_none() {
+        // The versions of their common files must agree.
+        apt::install_with_sibling("qemu-system-x86", "qemu-utils")
+            .context("`qemu-system-x86_64`")?;
+    }
     programs(&["busybox"], "busybox-static")?;
     programs(&["setpriv"], "util-linux")?;
     programs(&["strip"], "binutils")?;

@@ -1,6 +1,6 @@
 //! Debian's packages.
 
-use std::{process::Command, sync::Once};
+use std::{ffi::OsStr, process::Command, sync::Once};
 
 use anyhow::{Result, bail};
 
@@ -41,6 +41,34 @@ pub(super) fn install(packages: &[&str]) -> Result<()> {
     install_newest(&packages)
 }
 
+/// Installs the package, and takes its sibling along where that is installed in
+/// another version: apt would remove the sibling otherwise, which it may not.
+///
+/// # Errors
+///
+/// As of [`install`].
+pub(super) fn install_with_sibling(package: &str, sibling: &str) -> Result<()> {
+    if is_here() && is_root() {
+        update();
+        let policy = policy(&[package, sibling])?;
+        let (wanted, here) = (
+            version(&policy, package, CANDIDATE),
+            version(&policy, sibling, INSTALLED),
+        );
+        if let (Some(wanted), Some(here)) = (wanted, here)
+            && wanted != here
+        {
+            eprintln!("setup: {package} is there as {wanted}, so {sibling} {here} becomes that");
+            let names = [package.to_owned(), format!("{sibling}={wanted}")];
+            return step(
+                &format!("apt-get install {}", names.join(" ")),
+                installation(&names).arg("--allow-downgrades"),
+            );
+        }
+    }
+    install(&[package])
+}
+
 /// Installs the packages in the newest version that there is of each, and removes
 /// none for them.
 ///
@@ -62,7 +90,7 @@ pub(super) fn install_newest(packages: &[&str]) -> Result<()> {
     )
 }
 
-fn installation(packages: &[&str]) -> Command {
+fn installation(packages: &[impl AsRef<OsStr>]) -> Command {
     let mut command = command("apt-get");
     command
         .args(["install", "--yes", "--quiet", "--no-install-recommends"])
@@ -93,34 +121,32 @@ const CANDIDATE: &str = "  Candidate: ";
 
 /// Those of the packages that have no version of this sort.
 fn lacking<'a>(packages: &[&'a str], sort: &str) -> Result<Vec<&'a str>> {
-    let policy = output(
+    let policy = policy(packages)?;
+    Ok(packages
+        .iter()
+        .copied()
+        .filter(|package| version(&policy, package, sort).is_none())
+        .collect())
+}
+
+fn policy(packages: &[&str]) -> Result<String> {
+    output(
         command("apt-cache")
             .arg("policy")
             .args(packages)
             .env("LC_ALL", "C"),
-    )?;
-    let known = having(&policy, sort);
-    Ok(packages
-        .iter()
-        .copied()
-        .filter(|package| !known.contains(package))
-        .collect())
+    )
 }
 
-/// The packages that `apt-cache policy` names a version of this sort for.
-fn having<'a>(policy: &'a str, sort: &str) -> Vec<&'a str> {
-    let mut known = Vec::new();
-    let mut package = "";
-    for line in policy.lines() {
-        if let Some(version) = line.strip_prefix(sort) {
-            if version != "(none)" {
-                known.push(package);
-            }
-        } else if let (Some(name), false) = (line.strip_suffix(':'), line.starts_with(' ')) {
-            package = name;
-        }
-    }
-    known
+/// The package's version of this sort, as `apt-cache policy` has it.
+fn version<'a>(policy: &'a str, package: &str, sort: &str) -> Option<&'a str> {
+    policy
+        .lines()
+        .skip_while(|line| line.strip_suffix(':') != Some(package))
+        .skip(1)
+        .take_while(|line| line.starts_with(' '))
+        .find_map(|line| line.strip_prefix(sort))
+        .filter(|version| *version != "(none)")
 }
 
 #[cfg(test)]
@@ -143,7 +169,10 @@ bpftool:
   Installed: 7.1
   Candidate: 7.1
 ";
-        assert_eq!(having(policy, CANDIDATE), ["iptables", "bpftool"]);
-        assert_eq!(having(policy, INSTALLED), ["bpftool"]);
+        assert_eq!(version(policy, "iptables", INSTALLED), None);
+        assert_eq!(version(policy, "iptables", CANDIDATE), Some("1.8.9-2"));
+        assert_eq!(version(policy, "rustc-web", CANDIDATE), None);
+        assert_eq!(version(policy, "bpftool", INSTALLED), Some("7.1"));
+        assert_eq!(version(policy, "table", INSTALLED), None);
     }
 }
